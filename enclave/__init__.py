@@ -1,0 +1,1 @@
+"""The TDX guest: the only zone that holds plaintext and private keys."""
