@@ -28,9 +28,7 @@ class VouchsafeError(Exception):
     hint      what the reader can do about it, empty when nothing
     """
 
-    def __init__(
-        self, code: str, reason: str, *, expected: object = "", actual: object = "", hint: str = ""
-    ) -> None:
+    def __init__(self, code: str, reason: str, *, expected: object = "", actual: object = "", hint: str = "") -> None:
         self.code = code
         self.reason = reason
         self.expected = _text(expected)

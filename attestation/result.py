@@ -96,13 +96,9 @@ class Checks:
     ) -> bool:
         """Record pass when *ok* is true, else fail with *code*. *reason* says what is asked, in both cases."""
         status = Status.PASS if ok is True else Status.FAIL
-        return self.add(
-            Check(id, status, OK if ok is True else code, reason, show(expected), show(actual), cite)
-        )
+        return self.add(Check(id, status, OK if ok is True else code, reason, show(expected), show(actual), cite))
 
-    def equal(
-        self, id: str, expected: object, actual: object, *, code: str, reason: str, cite: str = ""
-    ) -> bool:
+    def equal(self, id: str, expected: object, actual: object, *, code: str, reason: str, cite: str = "") -> bool:
         """Record whether *actual* equals *expected*, both shown."""
         same = type(expected) is type(actual) and expected == actual
         return self.require(id, same, code=code, reason=reason, expected=expected, actual=actual, cite=cite)

@@ -1,0 +1,471 @@
+"""The Appraisal Policy for Evidence (RFC 9334 §8.5): what a relying party asks for, read from TOML.
+
+Every field is required. There is no default that means "not checked": to leave a check out one writes
+`field = { any = "the reason" }`, and the reason is printed with every result. What is permissive by mistake is
+refused when the policy is read: an unknown or duplicate key, an empty list, a wildcard, a threshold of zero, a
+development root in a policy that is not marked `development = true`.
+
+Pure: text in, frozen values out. Roots of development policies stand in the text itself (PEM), so that a policy is
+one file and its digest covers all of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, NoReturn, TypeVar
+
+from attestation import roots as built_in
+from attestation.errors import PolicyError
+
+__all__ = [
+    "ChannelPolicy",
+    "DeploymentPolicy",
+    "GpuPolicy",
+    "Policy",
+    "ReleasePolicy",
+    "Roots",
+    "Skip",
+    "TdxPolicy",
+    "platform_policy",
+]
+
+T = TypeVar("T")
+
+MAX_POLICY: Final = 256 * 1024
+GPU_STAGES: Final = (
+    "parse",
+    "nonce",
+    "signature",
+    "chain",
+    "fwid",
+    "distinct",
+    "mode",
+    "count",
+    "rim",
+    "ocsp_device",
+    "ocsp_rim",
+    "topology",
+)
+TCB_STATUSES: Final = frozenset(
+    {
+        "UpToDate",
+        "SWHardeningNeeded",
+        "ConfigurationNeeded",
+        "ConfigurationAndSWHardeningNeeded",
+        "OutOfDate",
+        "TDRelaunchAdvised",
+        "TDRelaunchAdvisedConfigurationNeeded",
+    }
+)
+"""What a policy may allow. `OutOfDateConfigurationNeeded` and `Revoked` are refused under every policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """A check left out on purpose, with the reason that every result prints. Written `{ any = "why" }`."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Roots:
+    """Trust anchors, DER. `built_in` is false when any of them was named by the policy or a command line."""
+
+    intel: bytes
+    nvidia_device: bytes
+    nvidia_rim: bytes
+
+    @property
+    def built_in(self) -> bool:
+        return self == BUILT_IN_ROOTS
+
+
+BUILT_IN_ROOTS: Final = Roots(built_in.INTEL_SGX_ROOT_CA, built_in.NVIDIA_DEVICE_ROOT, built_in.NVIDIA_RIM_ROOT)
+
+
+@dataclass(frozen=True, slots=True)
+class TdxPolicy:
+    """What a TDX quote must show. MRSIGNERSEAM, SEAMATTRIBUTES, MRSERVICETD are always required to be zero.
+
+    tcb_status          allowed platform and QE statuses (Intel's words)
+    advisories          advisory ids that may be present (an allow list; empty means none)
+    min_tcb_evaluation  floor of tcbEvaluationDataNumber over TCB info and QE identity
+    max_collateral_age  seconds since issueDate of TCB info and QE identity
+    td_attributes, xfam allowed values, compared whole
+    mrseam              allowed TDX module measurements, 48 bytes each
+    mrconfigid, mrowner, mrownerconfig   exact 48 bytes
+    platforms           allowed platform instance ids or PPIDs (16 bytes each)
+    """
+
+    tcb_status: frozenset[str] | Skip
+    advisories: frozenset[str] | Skip
+    min_tcb_evaluation: int | Skip
+    max_collateral_age: int | Skip
+    td_attributes: frozenset[int] | Skip
+    xfam: frozenset[int] | Skip
+    mrseam: frozenset[bytes] | Skip
+    mrconfigid: bytes | Skip
+    mrowner: bytes | Skip
+    mrownerconfig: bytes | Skip
+    platforms: frozenset[bytes] | Skip
+
+
+@dataclass(frozen=True, slots=True)
+class GpuPolicy:
+    """What GPU and switch evidence must show.
+
+    count, switches  exact numbers of GPUs and NVSwitches
+    mode             spt (single GPU), ppcie (protected PCIe), mpt (NVLink encryption)
+    drivers, vbios, hwmodels   allow lists, compared whole
+    require          stages that decide the verdict, out of `GPU_STAGES`; the others are reported as skipped
+    """
+
+    count: int | Skip
+    switches: int | Skip
+    mode: Literal["spt", "ppcie", "mpt"] | Skip
+    drivers: frozenset[str] | Skip
+    vbios: frozenset[str] | Skip
+    hwmodels: frozenset[str] | Skip
+    require: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class ReleasePolicy:
+    """Whose release manifests count as reference values: Ed25519 keys (32 bytes) and how many must have signed."""
+
+    signers: frozenset[bytes]
+    threshold: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentPolicy:
+    """Whose deployment statement is believed: operator keys, how many must have signed, the lowest serial, the role.
+
+    status_list   whether a current status list is required, or the reason why not
+    """
+
+    operators: frozenset[bytes]
+    threshold: int
+    min_serial: int
+    role: Literal["both", "model", "gateway"]
+    status_list: Literal["required"] | Skip
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelPolicy:
+    """Which channel proof a connection must give before a user's first byte: bound to the exporter, or at least to the key."""
+
+    proof: Literal["exporter", "key"] | Skip
+    fresh_gpu: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A whole policy. Holding one proves that it was written without a permissive mistake this reader knows of."""
+
+    name: str
+    development: bool
+    digest: bytes
+    roots: Roots
+    tdx: TdxPolicy
+    gpu: GpuPolicy | Skip
+    release: ReleasePolicy | Skip
+    deployment: DeploymentPolicy | Skip
+    channel: ChannelPolicy
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """Name and digest (hex), as a result carries them."""
+        return self.name, self.digest.hex()
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        """Read TOML *text*. Raises `PolicyError` naming the field, what was expected and what stands there."""
+        if len(text) > MAX_POLICY:
+            raise PolicyError("POLICY_SIZE", "the policy is too long", expected=f"<= {MAX_POLICY}", actual=len(text))
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as err:
+            raise PolicyError(
+                "POLICY_TOML", f"not valid TOML: {err}", hint="a key that stands twice is an error too"
+            ) from err
+        return _policy(_Table(document, ""), hashlib.sha256(text.encode()).digest())
+
+
+def platform_policy(
+    *,
+    roots: Roots = BUILT_IN_ROOTS,
+    min_tcb_evaluation: int | Skip = 19,
+    gpu_require: frozenset[str] = frozenset(GPU_STAGES),
+    gpu_count: int | Skip = Skip("no count given"),
+    gpu_switches: int | Skip = Skip("no count given"),
+    gpu_mode: Literal["spt", "ppcie", "mpt"] | Skip = Skip("no mode given"),
+) -> Policy:
+    """The built-in policy `platform`: everything about the platform, nothing about what runs on it.
+
+    A client refuses to connect under it. The default of the offline commands."""
+    why = "policy `platform` appraises the platform only: compare with a release manifest"
+    absent = Skip("policy `platform` appraises the platform only")
+    stated = f"platform floor={min_tcb_evaluation} roots={roots.built_in} require={sorted(gpu_require)}"
+    return Policy(
+        name="platform",
+        development=not roots.built_in,
+        digest=hashlib.sha256(stated.encode()).digest(),
+        roots=roots,
+        tdx=TdxPolicy(
+            tcb_status=frozenset({"UpToDate"}),
+            advisories=frozenset(),
+            min_tcb_evaluation=min_tcb_evaluation,
+            max_collateral_age=30 * 86400,
+            td_attributes=frozenset({0x10000000}),
+            xfam=frozenset({0x207, 0x600E7, 0x602E7, 0x618E7, 0x61AE7, 0x642E7}),
+            mrseam=Skip(why),
+            mrconfigid=Skip(why),
+            mrowner=Skip(why),
+            mrownerconfig=Skip(why),
+            platforms=absent,
+        ),
+        gpu=GpuPolicy(
+            count=gpu_count,
+            switches=gpu_switches,
+            mode=gpu_mode,
+            drivers=absent,
+            vbios=absent,
+            hwmodels=absent,
+            require=gpu_require,
+        ),
+        release=absent,
+        deployment=absent,
+        channel=ChannelPolicy(proof=absent, fresh_gpu=False),
+    )
+
+
+def with_roots(policy: Policy, roots: Roots) -> Policy:
+    """*policy* under other roots: an offline command's `--root`. The verdict is then marked development."""
+    return replace(policy, roots=roots, development=policy.development or not roots.built_in)
+
+
+class _Table:
+    """A TOML table read field by field; what is left unread at the end is an unknown key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:  # Any: TOML values
+        self._values, self._where, self._seen = values, where, set[str]()
+
+    def name(self, key: str) -> str:
+        return f"{self._where}.{key}" if self._where else key
+
+    def bad(self, key: str, expected: str, actual: object, code: str = "POLICY_VALUE") -> NoReturn:
+        raise PolicyError(
+            code, f"policy field {self.name(key)} cannot be used", expected=expected, actual=actual,
+            hint='to leave a check out on purpose write { any = "the reason" }',
+        )  # fmt: skip
+
+    def take(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:  # Any: checked against kind
+        self._seen.add(key)
+        if key not in self._values:
+            self.bad(key, expected, "nothing", "POLICY_MISSING")
+        value = self._values[key]
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            self.bad(key, expected, f"{value!r}")
+        return value
+
+    def rule(self, key: str, read: Callable[[str], T]) -> T | Skip:
+        """A field that may be `{ any = "why" }`."""
+        value = self._values.get(key)
+        if isinstance(value, dict):
+            self._seen.add(key)
+            why = value.get("any")
+            if set(value) != {"any"} or not isinstance(why, str) or len(why.strip()) < 8:
+                self.bad(key, '{ any = "a reason of at least eight characters" }', f"{value!r}")
+            return Skip(why.strip())
+        return read(key)
+
+    def text(self, key: str) -> str:
+        value = self.take(key, str, "text")
+        if not value or "*" in value:
+            self.bad(key, "text without a wildcard", f"{value!r}")
+        return str(value)
+
+    def number(self, key: str, low: int = 0) -> int:
+        value = self.take(key, int, f"a whole number >= {low}")
+        if value < low:
+            self.bad(key, f"a whole number >= {low}", value)
+        return int(value)
+
+    def texts(self, key: str, *, empty: bool = False) -> list[str]:
+        value = self.take(key, list, "a list of texts")
+        if not value and not empty:
+            self.bad(key, "a list that is not empty", "[]", "POLICY_EMPTY")
+        if not all(isinstance(v, str) and v and "*" not in v for v in value):
+            self.bad(key, "texts without wildcards", f"{value!r}")
+        if len(set(value)) != len(value):
+            self.bad(key, "each entry once", f"{value!r}")
+        return list(value)
+
+    def hexes(self, key: str, size: int) -> frozenset[bytes]:
+        return frozenset(self._hex(key, v, size) for v in self.texts(key))
+
+    def hex(self, key: str, size: int) -> bytes:
+        value = self.text(key)
+        return bytes(size) if value == "zero" else self._hex(key, value, size)
+
+    def masks(self, key: str) -> frozenset[int]:
+        values = self.texts(key)
+        if not all(re.fullmatch(r"0x[0-9a-f]{1,16}", v) for v in values):
+            self.bad(key, 'hexadecimal numbers such as "0x10000000"', values)
+        return frozenset(int(v, 16) for v in values)
+
+    def word(self, key: str, words: tuple[str, ...]) -> Any:  # Any: one of a Literal's words
+        value = self.text(key)
+        if value not in words:
+            self.bad(key, " | ".join(words), value)
+        return value
+
+    def table(self, key: str) -> _Table:
+        return _Table(self.take(key, dict, f"a table [{self.name(key)}]"), self.name(key))
+
+    def done(self) -> None:
+        unknown = sorted(set(self._values) - self._seen)
+        if unknown:
+            raise PolicyError(
+                "POLICY_UNKNOWN_KEY", f"policy key {self.name(unknown[0])} is not known",
+                expected=f"only {', '.join(sorted(self._seen))}", actual=unknown[0], hint="is it misspelt?",
+            )  # fmt: skip
+
+    def _hex(self, key: str, value: str, size: int) -> bytes:
+        if not re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", value):
+            self.bad(key, f"{size} bytes in lower-case hex", value)
+        return bytes.fromhex(value)
+
+
+def _policy(top: _Table, digest: bytes) -> Policy:
+    if top.number("version") != 1:
+        top.bad("version", "1", "another version")
+    name = top.text("name")
+    development = bool(top.take("development", bool, "true or false"))
+    roots = _roots(top.table("roots"), development)
+    tdx = _tdx(top.table("tdx"))
+    gpu = top.rule("gpu", lambda k: _gpu(top.table(k)))
+    release = top.rule("release", lambda k: _release(top.table(k)))
+    deployment = top.rule("deployment", lambda k: _deployment(top.table(k)))
+    channel = _channel(top.table("channel"))
+    top.done()
+    if not development:
+        for key, value in (("release", release), ("deployment", deployment)):
+            if isinstance(value, Skip):
+                top.bad(key, "a table: a production policy pins releases and the operator", value.why)
+    return Policy(name, development, digest, roots, tdx, gpu, release, deployment, channel)
+
+
+def _roots(t: _Table, development: bool) -> Roots:
+    def root(key: str, ours: bytes) -> bytes:
+        value = t.text(key)
+        if value == "built-in":
+            return ours
+        if not development:
+            t.bad(key, '"built-in"', "a certificate, in a policy that is not marked development", "POLICY_ROOT")
+        match = re.fullmatch(r"\s*-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----\s*", value)
+        if match is None:
+            t.bad(key, '"built-in" or one PEM certificate', "something else")
+        return base64.b64decode("".join(match[1].split()))
+
+    found = Roots(
+        root("intel", BUILT_IN_ROOTS.intel),
+        root("nvidia-device", BUILT_IN_ROOTS.nvidia_device),
+        root("nvidia-rim", BUILT_IN_ROOTS.nvidia_rim),
+    )
+    t.done()
+    return found
+
+
+def _tdx(t: _Table) -> TdxPolicy:
+    def statuses(key: str) -> frozenset[str]:
+        values = frozenset(t.texts(key))
+        if not values <= TCB_STATUSES:
+            t.bad(key, ", ".join(sorted(TCB_STATUSES)), ", ".join(sorted(values - TCB_STATUSES)))
+        return values
+
+    def advisories(key: str) -> frozenset[str]:
+        values = frozenset(t.texts(key, empty=True))
+        if not all(re.fullmatch(r"INTEL-(SA|DOC)-[0-9]{5}", v) for v in values):
+            t.bad(key, "advisory ids such as INTEL-SA-00837", sorted(values))
+        return values
+
+    found = TdxPolicy(
+        tcb_status=t.rule("tcb-status", statuses),
+        advisories=t.rule("advisories", advisories),
+        min_tcb_evaluation=t.rule("min-tcb-evaluation", lambda k: t.number(k, 1)),
+        max_collateral_age=t.rule("max-collateral-age-days", lambda k: 86400 * t.number(k, 1)),
+        td_attributes=t.rule("td-attributes", t.masks),
+        xfam=t.rule("xfam", t.masks),
+        mrseam=t.rule("mrseam", lambda k: t.hexes(k, 48)),
+        mrconfigid=t.rule("mrconfigid", lambda k: t.hex(k, 48)),
+        mrowner=t.rule("mrowner", lambda k: t.hex(k, 48)),
+        mrownerconfig=t.rule("mrownerconfig", lambda k: t.hex(k, 48)),
+        platforms=t.rule("platforms", lambda k: t.hexes(k, 16)),
+    )
+    t.done()
+    return found
+
+
+def _gpu(t: _Table) -> GpuPolicy:
+    def stages(key: str) -> frozenset[str]:
+        values = t.texts(key)
+        if values == ["all"]:
+            return frozenset(GPU_STAGES)
+        if not set(values) <= set(GPU_STAGES):
+            t.bad(key, f'["all"] or stages out of {", ".join(GPU_STAGES)}', values)
+        return frozenset(values)
+
+    found = GpuPolicy(
+        count=t.rule("count", lambda k: t.number(k, 1)),
+        switches=t.rule("switches", t.number),
+        mode=t.rule("mode", lambda k: t.word(k, ("spt", "ppcie", "mpt"))),
+        drivers=t.rule("drivers", lambda k: frozenset(t.texts(k))),
+        vbios=t.rule("vbios", lambda k: frozenset(t.texts(k))),
+        hwmodels=t.rule("hwmodels", lambda k: frozenset(t.texts(k))),
+        require=stages("require"),
+    )
+    t.done()
+    return found
+
+
+def _keys(t: _Table, key: str) -> tuple[frozenset[bytes], int]:
+    keys = t.hexes(key, 32)
+    threshold = t.number("threshold", 1)
+    if threshold > len(keys):
+        t.bad("threshold", f"at most {len(keys)}, the number of keys", threshold)
+    return keys, threshold
+
+
+def _release(t: _Table) -> ReleasePolicy:
+    found = ReleasePolicy(*_keys(t, "signers"))
+    t.done()
+    return found
+
+
+def _deployment(t: _Table) -> DeploymentPolicy:
+    keys, threshold = _keys(t, "operators")
+    found = DeploymentPolicy(
+        keys,
+        threshold,
+        min_serial=t.number("min-serial"),
+        role=t.word("role", ("both", "model", "gateway")),
+        status_list=t.rule("status-list", lambda k: t.word(k, ("required",))),
+    )
+    t.done()
+    return found
+
+
+def _channel(t: _Table) -> ChannelPolicy:
+    found = ChannelPolicy(
+        proof=t.rule("proof", lambda k: t.word(k, ("exporter", "key"))),
+        fresh_gpu=bool(t.take("fresh-gpu", bool, "true or false")),
+    )
+    t.done()
+    return found
