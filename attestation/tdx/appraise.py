@@ -65,7 +65,7 @@ class Registers:
 
 @dataclass(frozen=True, slots=True)
 class CrlNumbers:
-    """Highest CRL numbers seen, by issuer; None for one not seen yet. A client keeps them and passes them as a floor."""
+    """Highest CRL numbers seen, by issuer; None for one not seen yet. A client keeps them as its floor."""
 
     root: int | None = None
     platform: int | None = None
@@ -173,7 +173,8 @@ def _roles(quote: Quote, collateral: Collateral, root: bytes, checks: Checks) ->
             f"tdx.{name}-signer", role(chain[0], "is_tcb_signer") and chain[1] == root, code="TDX_COLLATERAL_ROLE",
             reason="signed by Intel's TCB signer directly under the pinned root",
             expected="Intel SGX TCB Signing / Intel Corporation, under the pinned root",
-            actual=f"{subject(chain[0])}, under {'the pinned root' if chain[1] == root else 'another root'}", cite=_ROLE,
+            actual=f"{subject(chain[0])}, under {'the pinned root' if chain[1] == root else 'another root'}",
+            cite=_ROLE,
         )  # fmt: skip
     leaf, ca, top = quote.pck_chain
     good &= checks.require(
@@ -183,8 +184,9 @@ def _roles(quote: Quote, collateral: Collateral, root: bytes, checks: Checks) ->
         actual=f"{subject(leaf)} under {subject(ca)}", cite=_ROLE,
     )  # fmt: skip
     good &= checks.require(
-        "tdx.pck-root", top == root, code="TDX_PCK_CHAIN", reason="the quote's chain ends in the pinned root, byte for byte",
-        expected=f"the pinned root, {len(root)} bytes", actual=subject(top) if top != root else "the pinned root", cite=_ROLE,
+        "tdx.pck-root", top == root, code="TDX_PCK_CHAIN",
+        reason="the quote's chain ends in the pinned root, byte for byte", expected="the pinned root",
+        actual="the pinned root" if top == root else f"another one, named {subject(top)}", cite=_ROLE,
     )  # fmt: skip
     issuer, issuer_root = collateral.pck_crl_issuer_chain
     same = issuer == ca or (role(issuer, "is_pck_ca") and subject(issuer) == subject(ca) and issued_by(issuer, root))
@@ -343,9 +345,9 @@ def _status(facts: TdxFacts | None, policy: TdxPolicy, checks: Checks) -> None:
         checks.skip("tdx.advisories", policy.advisories.why, cite=f"{_TCB}: advisoryIDs")
     else:
         extra = facts.advisories - policy.advisories
-        checks.require("tdx.advisories", not extra, code="TDX_ADVISORY", reason="every advisory that applies is allowed",
-                       expected=policy.advisories or "none", actual=facts.advisories or "none",
-                       cite=f"{_TCB}: advisoryIDs")  # fmt: skip
+        checks.require("tdx.advisories", not extra, code="TDX_ADVISORY",
+                       reason="every advisory that applies is allowed", expected=policy.advisories or "none",
+                       actual=facts.advisories or "none", cite=f"{_TCB}: advisoryIDs")  # fmt: skip
 
 
 def _member(
@@ -401,4 +403,5 @@ def _platform(pck: PckExtension | None, policy: TdxPolicy, checks: Checks) -> No
         return
     ids = [i for i in (pck.platform_instance_id, pck.ppid) if i is not None] if pck else []
     checks.require("tdx.platform", any(i in policy.platforms for i in ids), code="TDX_PLATFORM",
-                   reason="the machine is an allowed one", expected=policy.platforms, actual=ids, cite=_ROLE)  # fmt: skip
+                   reason="the machine is an allowed one", expected=policy.platforms, actual=ids,
+                   cite=_ROLE)  # fmt: skip

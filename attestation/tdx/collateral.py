@@ -2,8 +2,8 @@
 
 Endorsements in the words of RFC 9334. They arrive stapled to evidence or from a cache: untrusted until `appraise` has
 checked signatures, roles, dates. TCB info and QE identity are kept as the exact text that Intel signed; the views
-beside them are read from that text. `pck_certificate_chain` is dropped: in the library it would replace the chain inside
-the quote, so that whoever staples collateral could choose the certificate (tdx facts §4.3).
+beside them are read from that text. `pck_certificate_chain` is dropped: in the library it would replace the chain
+inside the quote, so that whoever staples collateral could choose the certificate (tdx facts §4.3).
 
 Pure. Holding a `Collateral` proves its form only.
 """

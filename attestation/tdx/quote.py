@@ -225,7 +225,7 @@ def _parts(cls: type[Quote], raw: bytes, body_type: int, body: bytes, data: byte
 
 
 def _td_report(b: bytes) -> TdReport:
-    """TD report 1.0, 1.5 or 1.5 extended by its length, which the caller has checked (Intel TDX Module ABI, TDREPORT)."""
+    """TD report 1.0, 1.5 or 1.5 extended by its length, which the caller has checked (Intel TDX Module ABI)."""
     base = (
         *struct.unpack_from("<16s48s48s8sQQ48s48s48s48s", b),
         (b[328:376], b[376:424], b[424:472], b[472:520]),
@@ -240,8 +240,8 @@ def _qe_report(b: bytes) -> QeReport:
     """An SGX report body (Intel SDM vol. 3D, REPORT structure): reserved ranges must be zero."""
     for low, high in ((20, 48), (96, 128), (160, 256), (260, 320)):
         if any(b[low:high]):
-            raise FormatError("FORMAT_TDX_RESERVED", f"reserved bytes {low} to {high - 1} of the QE report are not zero",
-                              expected=0, actual=b[low:high])  # fmt: skip
+            raise FormatError("FORMAT_TDX_RESERVED", f"reserved bytes {low} to {high - 1} of the QE report",
+                              expected="zero", actual=b[low:high])  # fmt: skip
     cpusvn, miscselect = struct.unpack_from("<16sI", b)
     isvprodid, isvsvn = struct.unpack_from("<HH", b, 256)
     return QeReport(cpusvn, miscselect, b[48:64], b[64:96], b[128:160], isvprodid, isvsvn, b[320:384], b)

@@ -1,8 +1,8 @@
 """The signature layer: dcap-qvl, exactly pinned, called once; its one sentence of refusal turned into a stable check.
 
-The library stops at the first thing it dislikes and says so in English. Here that sentence becomes a check id and a code;
-what it did not get to is judged again by our own code where that is cheap (quote signature, QE binding, QE signature,
-chains, dates, FMSPC), otherwise recorded as skipped with the reason. A sentence we do not know refuses as
+The library stops at the first thing it dislikes and says so in English. Here that sentence becomes a check id and a
+code; what it did not get to is judged again by our own code where that is cheap (quote signature, QE binding, QE
+signature, chains, dates, FMSPC), otherwise recorded as skipped with the reason. A sentence we do not know refuses as
 `TDX_SIGNATURE_LAYER`: no text of the library can turn into a pass.
 
 Pure. Trusts the root it is given, and the library for signatures, CRLs and TCB matching.
@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
-import dcap_qvl
+import dcap_qvl  # type: ignore[import-untyped]  # ships stubs without py.typed; claims are checked by us
 
 from attestation.errors import FormatError
 from attestation.result import Checks
@@ -36,26 +37,33 @@ class _Stage:
 
 
 _DCAP: Final = "Intel TDX DCAP Quote Verification"
-_STAGES: Final = (
-    _Stage("tdx.collateral-chain", "TDX_COLLATERAL_CHAIN", "signers of TCB info and QE identity chain to the root", _DCAP),
-    _Stage("tdx.collateral-signature", "TDX_COLLATERAL_SIGNATURE", "TCB info and QE identity are the signed text", _DCAP),
-    _Stage("tdx.collateral-time", "TDX_COLLATERAL_TIME", "issueDate <= now <= nextUpdate of both", _DCAP),
-    _Stage("tdx.certificate-time", "TDX_CERTIFICATE_TIME", "every certificate is valid now", "RFC 5280 §6.1.3"),
-    _Stage("tdx.crl", "TDX_CRL", "CRLs are signed by their issuers, current, and cover every certificate", "RFC 5280 §6.3"),
-    _Stage("tdx.revocation", "TDX_REVOKED", "no certificate is revoked", "RFC 5280 §6.3"),
-    _Stage("tdx.pck-chain", "TDX_PCK_CHAIN", "the PCK certificate in the quote chains to the root", "PCK Certificate Profile"),
-    _Stage("tdx.qe-signature", "TDX_QE_SIGNATURE", "the PCK key signed the QE report", f"{_DCAP}: QE report signature"),
-    _Stage("tdx.qe-binding", "TDX_QE_BINDING", "the QE report holds the attestation key's hash", f"{_DCAP}: QE report data"),
-    _Stage("tdx.qe-identity", "TDX_QE_IDENTITY", "the quoting enclave is Intel's", f"{_DCAP}: QE identity"),
-    _Stage("tdx.quote-signature", "TDX_QUOTE_SIGNATURE", "the attestation key signed header and TD report", f"{_DCAP}: quote"),
-    _Stage("tdx.fmspc", "TDX_FMSPC", "TCB info is for this platform's FMSPC", "TCB Info V3: fmspc"),
-    _Stage("tdx.collateral-kind", "TDX_COLLATERAL_KIND", "TCB info is TDX v3, QE identity is TD_QE", "TCB Info V3: id"),
-    _Stage("tdx.module-identity", "TDX_MODULE", "the TDX module is one that Intel names", "TCB Info V3: tdxModuleIdentities"),
-    _Stage("tdx.tcb-level", "TDX_TCB_LEVEL", "a TCB level of Intel covers this platform", "TCB Info V3: tcbLevels"),
-    _Stage("tdx.td-safety", "TDX_ATTRIBUTES", "no debug, profiling, migration, reserved bit; SEPT_VE_DISABLE set",
-           "Intel TDX Module ABI: TDATTRIBUTES"),
-    _Stage("tdx.service-td", "TDX_SERVICE_TD", "no service TD is bound", "Intel TDX Module ABI: MRSERVICETD"),
+_CHAIN: Final = "Intel SGX PCK Certificate and CRL Profile Specification"
+_TCB: Final = "Intel PCS API v4: TCB Info V3"
+_ABI: Final = "Intel TDX Module ABI Reference"
+_STAGES: Final = tuple(
+    _Stage(f"tdx.{name}", f"TDX_{code}", reason, cite)
+    for name, code, reason, cite in (
+        ("collateral-chain", "COLLATERAL_CHAIN", "signers of TCB info and QE identity chain to the root", _CHAIN),
+        ("collateral-signature", "COLLATERAL_SIGNATURE", "TCB info and QE identity are the signed text", _TCB),
+        ("collateral-time", "COLLATERAL_TIME", "issueDate <= now <= nextUpdate of TCB info and QE identity", _TCB),
+        ("certificate-time", "CERTIFICATE_TIME", "every certificate is valid now", "RFC 5280 §6.1.3"),
+        ("crl", "CRL", "CRLs are signed by their issuers, current, and cover every certificate", "RFC 5280 §6.3"),
+        ("revocation", "REVOKED", "no certificate is revoked", "RFC 5280 §6.3"),
+        ("pck-chain", "PCK_CHAIN", "the PCK certificate in the quote chains to the root", _CHAIN),
+        ("qe-signature", "QE_SIGNATURE", "the PCK key signed the QE report", f"{_DCAP}: QE report"),
+        ("qe-binding", "QE_BINDING", "the QE report holds the attestation key's hash", f"{_DCAP}: QE report data"),
+        ("qe-identity", "QE_IDENTITY", "the quoting enclave is Intel's", f"{_DCAP}: QE identity"),
+        ("quote-signature", "QUOTE_SIGNATURE", "the attestation key signed header and TD report", f"{_DCAP}: quote"),
+        ("fmspc", "FMSPC", "TCB info is for this platform's FMSPC", f"{_TCB}: fmspc"),
+        ("collateral-kind", "COLLATERAL_KIND", "TCB info is TDX v3, QE identity is TD_QE", f"{_TCB}: id, version"),
+        ("module-identity", "MODULE", "the TDX module is one that Intel names", f"{_TCB}: tdxModuleIdentities"),
+        ("tcb-level", "TCB_LEVEL", "a TCB level of Intel covers this platform", f"{_TCB}: tcbLevels"),
+        ("td-safety", "ATTRIBUTES", "no debug, profiling, migration, reserved bit; SEPT_VE_DISABLE set",
+         f"{_ABI}: TDATTRIBUTES"),
+        ("service-td", "SERVICE_TD", "no service TD is bound", f"{_ABI}: MRSERVICETD"),
+    )
 )  # fmt: skip
+_IDS: Final = frozenset(stage.id for stage in _STAGES)
 
 _SENTENCES: Final = (
     # part of the library's text, id of the stage, code when it is another than the stage's; the first that fits counts
@@ -144,7 +152,7 @@ def verify_signatures(
                                    actual=actual, cite=stage.cite)  # fmt: skip
         else:
             checks.skip(stage.id, f"not judged: verification stopped at {failed}", cite=stage.cite)
-    known = refusal is None or failed in {s.id for s in _STAGES}
+    known = refusal is None or failed in _IDS
     if not known:
         checks.require("tdx.signature-layer", False, code="TDX_SIGNATURE_LAYER", reason="dcap-qvl refused the quote",
                        actual=refusal, cite=_DCAP)  # fmt: skip
@@ -188,7 +196,7 @@ def _stage_of(refusal: str, quote: Quote, collateral: Collateral, root: bytes) -
 
 
 def _chained(chain: tuple[bytes, ...], root: bytes) -> bool:
-    return chain[-1] == root and all(issued_by(a, b) for a, b in zip(chain, chain[1:], strict=False))
+    return chain[-1] == root and all(issued_by(a, b) for a, b in pairwise(chain))
 
 
 _View = dict[str, tuple[object, bool | None, object]]
