@@ -182,7 +182,7 @@ class TdxAttester:
         if provider != PROVIDER:
             with suppress(OSError):
                 entry.rmdir()
-            raise AttesterError("ATTESTER_PROVIDER", "the quote provider is another", expected=PROVIDER, actual=provider,
+            raise AttesterError("ATTESTER_PROVIDER", "another quote provider", expected=PROVIDER, actual=provider,
                                 hint=f"a TDX guest on bare metal or GCP; {_AZURE}")  # fmt: skip
         self._entry, self._entry_pid = entry, os.getpid()
         return entry

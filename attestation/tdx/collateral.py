@@ -165,12 +165,16 @@ def _chain(top: dict[str, Any], key: str) -> tuple[bytes, ...]:
 
 
 def _hex(top: dict[str, Any], key: str, size: int | None) -> bytes:
-    text = top[key]
-    if not re.fullmatch(r"(?:[0-9a-f]{2})+", text) or (size is not None and len(text) != 2 * size):
+    text: str = top[key]
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if not value or value.hex() != text or (size is not None and len(value) != size):  # one spelling: lower case
         raise _bad(
             f"{key} is not lower-case hex", f"{size} bytes" if size else "whole bytes", f"{len(text)} characters"
         )
-    return bytes.fromhex(text)
+    return value
 
 
 def _text(view: dict[str, Any], key: str, pattern: str) -> str:

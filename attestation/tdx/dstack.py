@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import struct
 from dataclasses import dataclass
 from typing import Any, Final
@@ -23,7 +22,6 @@ __all__ = ["DstackLog"]
 
 MAX_EVENTS: Final = 4096
 _KEYS: Final = frozenset({"imr", "event_type", "digest", "event", "event_payload"})
-_HEX: Final = re.compile(r"(?:[0-9a-f]{2})*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +78,10 @@ def _event(entry: Any, number: int) -> Event:  # Any: a JSON value, checked here
 
 
 def _hex(value: Any, number: int, key: str) -> bytes:  # Any: a JSON value, checked here
-    if not isinstance(value, str) or not _HEX.fullmatch(value):
+    try:
+        found = bytes.fromhex(value) if isinstance(value, str) else None
+    except ValueError:
+        found = None
+    if found is None or found.hex() != value:
         raise _bad(f"event {number}: {key}", "lower-case hex", type(value).__name__)
-    return bytes.fromhex(value)
+    return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from functools import lru_cache
 from typing import Final
 
 from attestation.errors import FormatError
@@ -24,6 +25,7 @@ MAX_CHAIN: Final = 12 * 1024
 _BLOCK: Final = re.compile(r"-----BEGIN CERTIFICATE-----\n([A-Za-z0-9+/=\n]+)\n-----END CERTIFICATE-----\n")
 
 
+@lru_cache(maxsize=32)
 def write_chain(chain: tuple[bytes, ...]) -> bytes:
     """The one spelling of *chain* (DER certificates, leaf first)."""
     parts = []
@@ -34,8 +36,11 @@ def write_chain(chain: tuple[bytes, ...]) -> bytes:
     return "".join(parts).encode("ascii")
 
 
+@lru_cache(maxsize=32)
 def read_chain(text: bytes, count: int, *, code: str, what: str) -> tuple[bytes, ...]:
-    """Exactly *count* certificates, DER, in order. Raises `FormatError` *code* for any other spelling or number."""
+    """Exactly *count* certificates, DER, in order. Raises `FormatError` *code* for any other spelling or number.
+
+    Remembered: a client sees the same few chains again and again."""
     if len(text) > MAX_CHAIN:
         raise FormatError(code, f"{what} is too long", expected=f"<= {MAX_CHAIN} bytes", actual=len(text))
     try:
