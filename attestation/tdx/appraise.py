@@ -92,7 +92,7 @@ class TdxFacts:
     evaluation           tcbEvaluationDataNumber, the smaller of both
     platform_instance_id 16 bytes, None when a Processor CA issued the certificate
     dynamic_platform, cached_keys, smt_enabled   PCK flags, None when not stated
-    earliest_expiration  unix seconds: the first end of collateral, CRL or certificate
+    latest_issue, earliest_expiration   unix seconds: last beginning and first end of collateral, CRLs, certificates
     """
 
     report: TdReport
@@ -109,6 +109,7 @@ class TdxFacts:
     cached_keys: bool | None
     smt_enabled: bool | None
     crl: CrlNumbers
+    latest_issue: int
     earliest_expiration: int
 
     @property
@@ -141,6 +142,7 @@ def appraise(
     pck = _pck(quote)
     _collateral(quote, collateral, pck, policy, now, checks)  # (4) (5) (6)
     facts = _facts(quote, collateral, pck, claims, checks) if claims is not None else None
+    _dates(facts, now, checks)  # (6)
     _crl_numbers(facts, crl_floor, checks)  # (6)
     _status(facts, policy, checks)  # (7)
     _report(quote.body, policy, checks)  # (8) to (11), (13)
@@ -170,10 +172,10 @@ def _roles(quote: Quote, collateral: Collateral, root: bytes, checks: Checks) ->
         ("qe-identity", collateral.qe_identity_issuer_chain),
     ):
         good &= checks.require(
-            f"tdx.{name}-signer", role(chain[0], "is_tcb_signer") and chain[1] == root, code="TDX_COLLATERAL_ROLE",
+            f"tdx.{name}-signer", role(chain[0], "is_tcb_signer") and chain[1:] == (root,), code="TDX_COLLATERAL_ROLE",
             reason="signed by Intel's TCB signer directly under the pinned root",
             expected="Intel SGX TCB Signing / Intel Corporation, under the pinned root",
-            actual=f"{subject(chain[0])}, under {'the pinned root' if chain[1] == root else 'another root'}",
+            actual=f"{subject(chain[0])}, {'directly under' if chain[1:] == (root,) else 'not directly under'} it",
             cite=_ROLE,
         )  # fmt: skip
     leaf, ca, top = quote.pck_chain
@@ -188,10 +190,10 @@ def _roles(quote: Quote, collateral: Collateral, root: bytes, checks: Checks) ->
         reason="the quote's chain ends in the pinned root, byte for byte", expected="the pinned root",
         actual="the pinned root" if top == root else f"another one, named {subject(top)}", cite=_ROLE,
     )  # fmt: skip
-    issuer, issuer_root = collateral.pck_crl_issuer_chain
+    issuer, above = collateral.pck_crl_issuer_chain[0], collateral.pck_crl_issuer_chain[1:]
     same = issuer == ca or (role(issuer, "is_pck_ca") and subject(issuer) == subject(ca) and issued_by(issuer, root))
     good &= checks.require(
-        "tdx.pck-crl-issuer", same and issuer_root == root, code="TDX_COLLATERAL_ROLE",
+        "tdx.pck-crl-issuer", same and above == (root,), code="TDX_COLLATERAL_ROLE",
         reason="the PCK CRL's issuer chain names the CA of this quote under the pinned root",
         expected=subject(ca), actual=subject(issuer), cite=_ROLE,
     )  # fmt: skip
@@ -270,6 +272,7 @@ def _facts(
             cached_keys=pck.cached_keys if pck else None,
             smt_enabled=pck.smt_enabled if pck else None,
             crl=CrlNumbers(root_number, pck_number if on_platform else None, None if on_platform else pck_number),
+            latest_issue=max(int(claims["latest_issue_date"]), int(claims["qe_iden_latest_issue_date"])),
             earliest_expiration=min(
                 int(claims["earliest_expiration_date"]), int(claims["qe_iden_earliest_expiration_date"])
             ),
@@ -303,6 +306,18 @@ def _as_library(body: TdReport, pck: PckExtension | None, collateral: Collateral
         body.report_data, pck.ppid if pck else b"", pck.fmspc if pck else b"",
     )  # fmt: skip
     return (*(v.hex() for v in values), str(collateral.evaluation))
+
+
+def _dates(facts: TdxFacts | None, now: int, checks: Checks) -> None:
+    """(6) The library does not mind a CRL from the future: whoever dates one ahead keeps it alive longer."""
+    cite = "RFC 5280 §5.1.2.4, §6.3.3"
+    if facts is None:
+        checks.skip("tdx.issue-dates", "not judged: the signature layer refused", cite=cite)
+        return
+    begin, end = facts.latest_issue, facts.earliest_expiration
+    checks.require("tdx.issue-dates", begin <= now <= end, code="TDX_ISSUE_DATES",
+                   reason="certificates, CRLs and collateral are all issued and none has ended",
+                   expected=f"{begin} <= now <= {end}", actual=now, cite=cite)  # fmt: skip
 
 
 def _crl_numbers(facts: TdxFacts | None, floor: CrlNumbers | None, checks: Checks) -> None:

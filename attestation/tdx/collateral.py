@@ -71,7 +71,7 @@ class Collateral:
     tcb_info_text, qe_identity_text             exact signed JSON text
     tcb_info_signature, qe_identity_signature   r ‖ s, 64 bytes
     root_ca_crl, pck_crl                        DER
-    …_issuer_chain                              two certificates each, DER, signer first
+    …_issuer_chain                              one to four certificates, DER, signer first; `appraise` wants two
     """
 
     pck_crl_issuer_chain: tuple[bytes, ...] = field(repr=False)
@@ -161,7 +161,7 @@ def _chain(top: dict[str, Any], key: str) -> tuple[bytes, ...]:
     text = top[key].encode("utf-8", "replace")
     if not text.endswith(b"\n"):
         text += b"\n"  # as some proxies hand it over; the certificates are the same
-    return read_chain(text, 2, code="FORMAT_TDX_COLLATERAL_CHAIN", what=key)
+    return read_chain(text, 1, 4, code="FORMAT_TDX_COLLATERAL_CHAIN", what=key)
 
 
 def _hex(top: dict[str, Any], key: str, size: int | None) -> bytes:

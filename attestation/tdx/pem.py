@@ -37,8 +37,8 @@ def write_chain(chain: tuple[bytes, ...]) -> bytes:
 
 
 @lru_cache(maxsize=32)
-def read_chain(text: bytes, count: int, *, code: str, what: str) -> tuple[bytes, ...]:
-    """Exactly *count* certificates, DER, in order. Raises `FormatError` *code* for any other spelling or number.
+def read_chain(text: bytes, low: int, high: int, *, code: str, what: str) -> tuple[bytes, ...]:
+    """*low* to *high* certificates, DER, in order. Raises `FormatError` *code* for any other spelling or number.
 
     Remembered: a client sees the same few chains again and again."""
     if len(text) > MAX_CHAIN:
@@ -48,8 +48,9 @@ def read_chain(text: bytes, count: int, *, code: str, what: str) -> tuple[bytes,
         chain = tuple(base64.b64decode(block.replace("\n", ""), validate=True) for block in blocks)
     except (UnicodeDecodeError, binascii.Error) as err:
         raise FormatError(code, f"{what} is not PEM: {err}") from err
-    if len(chain) != count:
-        raise FormatError(code, f"{what} has another number of certificates", expected=count, actual=len(chain))
+    if not low <= len(chain) <= high:
+        wanted = low if low == high else f"{low} to {high}"
+        raise FormatError(code, f"{what} has another number of certificates", expected=wanted, actual=len(chain))
     if write_chain(chain) != text:
         raise FormatError(
             code, f"{what} is not PEM in its one spelling", expected="64 characters a line, LF, nothing else"

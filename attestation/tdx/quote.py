@@ -217,7 +217,7 @@ def _parts(cls: type[Quote], raw: bytes, body_type: int, body: bytes, data: byte
         qe_report=_qe_report(data[134:518]),
         qe_report_signature=data[518:582],
         qe_auth_data=data[584:616],
-        pck_chain=read_chain(pem, 3, code="FORMAT_TDX_PCK_CHAIN", what="the PCK chain"),
+        pck_chain=read_chain(pem, 3, 3, code="FORMAT_TDX_PCK_CHAIN", what="the PCK chain"),
         pck_chain_pem=pem,
         signed=raw[:body_end],
         raw=raw,

@@ -68,6 +68,9 @@ _IDS: Final = frozenset(stage.id for stage in _STAGES)
 _SENTENCES: Final = (
     # part of the library's text, id of the stage, code when it is another than the stage's; the first that fits counts
     ("CertRevoked", "tdx.revocation", ""),
+    ("QE report validation failed", "tdx.qe-identity", ""),
+    ("in QE Identity", "tdx.qe-identity", ""),
+    ("in TDX module identity", "tdx.module-identity", ""),
     ("status is invalid: Revoked", "tdx.tcb-level", "TDX_TCB_REVOKED"),
     ("UnknownRevocationStatus", "tdx.crl", ""),
     ("CrlExpired", "tdx.crl", ""),
@@ -175,10 +178,26 @@ def _call(quote: Quote, collateral: Collateral, root: bytes, now: int) -> tuple[
         )
         verifier = dcap_qvl.QuoteVerifier(root_ca_der=root)
         policy = dcap_qvl.QuotePolicy.claims_only(now)
-        claims = json.loads(verifier.verify_with_policy(quote.raw, given, now, policy).to_json())
+        try:
+            claims = json.loads(verifier.verify_with_policy(quote.raw, given, now, policy).to_json())
+        except ValueError as err:
+            return None, _full_sentence(quote, given, root, now) or _sentence(err)
     except (ValueError, OverflowError) as err:
-        return None, " ".join(str(err).split()) or "no reason given"
+        return None, _sentence(err)
     return (claims, None) if isinstance(claims, dict) else (None, "claims are not an object")
+
+
+def _full_sentence(quote: Quote, given: Any, root: bytes, now: int) -> str:  # Any: the library ships no types
+    """The older call says the same with its cause; `verify_with_policy` leaves the cause out. Empty when it does not."""
+    try:
+        dcap_qvl.verify_with_root_ca(quote.raw, given, root, now)
+    except ValueError as err:
+        return _sentence(err)
+    return ""
+
+
+def _sentence(err: Exception) -> str:
+    return " ".join(str(err).split()).removeprefix("Verification failed: ") or "no reason given"
 
 
 def _pem(chain: tuple[bytes, ...]) -> str:
