@@ -30,7 +30,7 @@ DRIVER: Final = "550.90.07"
 VBIOS: Final = "96.00.9F.00.01"
 BLOCKS: Final = 64
 DRIVER_ACTIVE: Final = (7, *range(21, 41))
-VBIOS_ACTIVE: Final = (*range(0, 7), *range(8, 13))
+VBIOS_ACTIVE: Final = (*range(7), *range(8, 13))
 _ZERO: Final = frozenset({0, 8, 10, 23, 24, 28})
 """Active entries that are all zero on the genuine machine."""
 _ALTERNATIVES: Final = {23: 2, 24: 2, 32: 2, 34: 2, 35: 4, 36: 2}

@@ -154,7 +154,8 @@ class Pki:
             key = serialization.load_pem_private_key(pair["key"].encode(), None)
             cert = x509.load_pem_x509_certificate(pair["cert"].encode())
             entities[name] = Entity(cast(ec.EllipticCurvePrivateKey, key), cert)
-        facts = Facts(**{k: bytes.fromhex(v) for k, v in stored["facts"].items()})
+        ids = {name: bytes.fromhex(value) for name, value in stored["facts"].items()}
+        facts = Facts(fmspc=ids["fmspc"], ppid=ids["ppid"], piid=ids["piid"], fwid=ids["fwid"])
         return cls(facts, entities, stored["gpus"])
 
 

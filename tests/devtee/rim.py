@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from cryptography import x509
-from lxml import etree
+from lxml import etree  # type: ignore[import-untyped]  # lxml ships no types
 from signxml.algorithms import CanonicalizationMethod, DigestAlgorithm, SignatureConstructionMethod, SignatureMethod
 from signxml.signer import XMLSigner
 
@@ -101,8 +101,8 @@ def _tree(version: str, active: frozenset[int], values: Mapping[int, bytes]) -> 
         resource.set("index", str(index))
         resource.set("active", str(index in active))
         resource.set("alternatives", str(len(allowed)))
-        for number, value in enumerate(allowed):
-            resource.set(f"{{{_HASH}}}Hash{number}", value.hex())
+        for number, digest in enumerate(allowed):
+            resource.set(f"{{{_HASH}}}Hash{number}", digest.hex())
         resource.set("name", f"Measurement_{index}")
         resource.set("size", "48")
     return root
@@ -122,4 +122,4 @@ def _signed(pki: Pki, which: str, root: etree._Element, spec: RimSpec) -> bytes:
         c14n_algorithm=CanonicalizationMethod.CANONICAL_XML_1_1,
     )
     done = tool.sign(root, key=signer.key, cert=chain, always_add_key_value=False)
-    return etree.tostring(done)
+    return bytes(etree.tostring(done))
