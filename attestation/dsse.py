@@ -1,0 +1,115 @@
+"""DSSE envelopes (github.com/secure-systems-lab/dsse, v1) with Ed25519: how people sign what they vouch for.
+
+Release manifests, deployment statements and status lists travel this way. A signature covers the payload's type and
+exact bytes, so nothing is parsed before somebody pinned has signed it. One key never counts twice, unknown key ids are
+ignored, and a key id is only a hint: the signature decides. Pure.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+
+from attestation.errors import FormatError
+from attestation.strict_json import exact, listed, load
+
+__all__ = ["MAX_ENVELOPE", "Envelope", "key_id", "public_bytes", "sign"]
+
+MAX_ENVELOPE: Final = 512 * 1024
+MAX_SIGNATURES: Final = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """An envelope, parsed. Proves nothing until `signers` has been asked."""
+
+    payload_type: str
+    payload: bytes
+    signatures: tuple[bytes, ...]
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the payload: the name by which claims and statements refer to it."""
+        return hashlib.sha256(self.payload).digest()
+
+    @classmethod
+    def parse(cls, raw: bytes) -> Envelope:
+        """Strict: the three members, base64 with padding, at most 32 signatures of 64 bytes. `FORMAT_DSSE`."""
+        try:
+            top = load(raw, MAX_ENVELOPE, "DSSE envelope")
+            names = frozenset({"payloadType", "payload", "signatures"})
+            exact(top, names, names, "DSSE envelope")
+            payload_type, payload = top["payloadType"], top["payload"]
+            if not isinstance(payload_type, str) or not isinstance(payload, str):
+                raise FormatError("FORMAT_DSSE", "payloadType and payload are text")
+            signatures = []
+            for entry in listed(top["signatures"], "signatures", limit=MAX_SIGNATURES):
+                exact(entry, frozenset({"sig"}), frozenset({"keyid", "sig"}), "signatures")
+                signatures.append(_base64(entry["sig"]))
+            return cls(payload_type, _base64(payload), tuple(signatures))
+        except FormatError as err:
+            raise FormatError("FORMAT_DSSE", err.reason, expected=err.expected, actual=err.actual) from None
+
+    def signers(self, keys: Iterable[bytes]) -> frozenset[bytes]:
+        """Which of *keys* (Ed25519, 32 bytes each) signed this very payload under this very type. Each counts once."""
+        message = _pae(self.payload_type, self.payload)
+        return frozenset(k for k in keys if any(_verifies(k, s, message) for s in self.signatures))
+
+
+def sign(payload_type: str, payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:
+    """The envelope (JSON) of *payload*, signed by each of *keys*."""
+    message = _pae(payload_type, payload)
+    signatures: list[dict[str, Any]] = [  # Any: JSON values
+        {"keyid": key_id(public_bytes(k)), "sig": base64.b64encode(k.sign(message)).decode()} for k in keys
+    ]
+    envelope = {
+        "payloadType": payload_type,
+        "payload": base64.b64encode(payload).decode(),
+        "signatures": signatures,
+    }
+    return json.dumps(envelope, separators=(",", ":")).encode()
+
+
+def key_id(public: bytes) -> str:
+    """SHA-256 of the 32-byte public key, hex."""
+    return hashlib.sha256(public).hexdigest()
+
+
+def public_bytes(key: Ed25519PrivateKey) -> bytes:
+    """The 32-byte public key, as policies pin it."""
+    return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+def _pae(payload_type: str, payload: bytes) -> bytes:
+    """Pre-authentication encoding of DSSE v1."""
+    kind = payload_type.encode()
+    return b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
+
+
+def _verifies(key: bytes, signature: bytes, message: bytes) -> bool:
+    try:
+        Ed25519PublicKey.from_public_bytes(key).verify(signature, message)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def _base64(text: object) -> bytes:
+    if not isinstance(text, str):
+        raise FormatError("FORMAT_DSSE", "base64 text is expected")
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise FormatError("FORMAT_DSSE", "not base64 with padding") from None
+    if base64.b64encode(raw).decode() != text:
+        raise FormatError("FORMAT_DSSE", "not the canonical base64")
+    return raw
