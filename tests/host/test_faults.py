@@ -150,6 +150,39 @@ def test_unix_backend_that_closes_with_unread_input_still_delivers_its_answer(tm
         wait_until(lambda: len(relay.reasons) == 20)
 
 
+def test_answer_still_on_its_way_to_a_slow_client_is_delivered_before_the_error(tmp_path: Path) -> None:
+    answer = os.urandom(60_000)
+    with (
+        Backend(LOOPBACK) as backend,
+        RelayProcess(tmp_path, "--default", backend.address) as relay,
+        socket.socket() as client,
+    ):
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # so that most of it waits in the relay's kernel
+        client.settimeout(10)
+        client.connect(("127.0.0.1", int(relay.address.rpartition(":")[2])))
+        client.sendall(hello())
+        server = backend.accept()
+        server.sendall(answer)
+        time.sleep(0.3)
+        kill_hard(server)
+        relay.wait_for_reasons("backend-reset")
+        assert receive(client, len(answer)) == answer
+        assert ended(client) in ("eof", "reset")
+
+
+def test_client_that_talks_on_while_the_dial_hangs_costs_no_processor_time(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as backend, socket.socket(socket.AF_UNIX) as first:
+        backend.bind(f"{tmp_path}/b.sock")
+        backend.listen(0)
+        first.connect(f"{tmp_path}/b.sock")
+        with RelayProcess(tmp_path, "--default", f"unix:{tmp_path}/b.sock") as relay, relay.open() as client:
+            time.sleep(0.2)
+            client.sendall(bytes(50_000))
+            before = relay.cpu_seconds()
+            time.sleep(1)
+            assert relay.cpu_seconds() - before < 0.3
+
+
 def test_silent_stream_ends_at_the_idle_deadline_and_a_talking_one_does_not(tmp_path: Path) -> None:
     with (
         Backend(LOOPBACK) as backend,

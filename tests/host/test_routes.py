@@ -27,7 +27,8 @@ def test_address_reads_and_writes_the_same(text: str, address: TcpAddress | Unix
     "text",
     [
         "", "127.0.0.1:8443", "tcp:", "tcp:127.0.0.1", "tcp::8443", "tcp:host:", "tcp:host:x", "tcp:host:-1",
-        "tcp:h:65536", "tcp:h:0", "tcp:h:١", "tcp:h:000080", "tcp:::1:80", "tcp:[::1:80", "tcp:[nope]:80", "tcp:[127.0.0.1]:80",
+        "tcp:h:65536", "tcp:h:0",
+        "tcp:h:١", "tcp:h:000080", "tcp:::1:80", "tcp:[::1:80", "tcp:[nope]:80", "tcp:[127.0.0.1]:80",
         "tcp:a b:80",
         "unix:", "unix:x.sock", "unix:/a\0b", "unix:/" + "x" * 107, "vsock:3:8443", "TCP:h:1",
     ],
