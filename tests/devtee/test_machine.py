@@ -19,6 +19,7 @@ import dcap_qvl  # type: ignore[import-untyped]  # ships no types
 import pytest
 
 from tests.devtee.eventlog import boot_events, replay
+from tests.devtee.nvml import MAGIC, REPLY, REQUEST
 from tests.devtee.running import REPOSITORY, running_machine
 from tests.devtee.tee import DevTee
 
@@ -223,8 +224,17 @@ def test_clients_that_say_nothing_or_nonsense_do_not_stop_the_driver(state: Path
         noisy.connect(str(state / "nvml.sock"))
         noisy.sendall(b"x" * 48)
         noisy.settimeout(DEADLINE)
-        assert len(noisy.recv(64)) == 12
+        assert REPLY.unpack(noisy.recv(64)) == (MAGIC, 2, 0)
         assert nvml(state, "out = n.nvmlDeviceGetCount()") == 2
+
+
+def test_device_that_is_not_in_the_machine_has_no_report(state: Path) -> None:
+    for index, status in ((1, 0), (2, 2), (2**32 - 1, 2)):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(DEADLINE)
+            client.connect(str(state / "nvml.sock"))
+            client.sendall(REQUEST.pack(MAGIC, 13, index, 0, bytes(32)))
+            assert REPLY.unpack(client.recv(12))[:2] == (MAGIC, status)
 
 
 def test_endorsements_and_roots_lie_in_the_folder(state: Path) -> None:
