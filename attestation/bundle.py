@@ -57,9 +57,7 @@ class Bundle:
         stated = top.pop("sha256")
         actual = hashlib.sha256(cbor.encode(top)).digest()
         if stated != actual:
-            raise FormatError(
-                "FORMAT_BUNDLE", "the bundle is damaged", expected=actual, actual=stated if isinstance(stated, bytes) else ""
-            )  # fmt: skip
+            raise FormatError("FORMAT_BUNDLE", "the bundle is damaged: its digest does not fit", expected=actual)
         if not all(isinstance(top[key], bytes) for key in _TEXTS):
             raise FormatError("FORMAT_BUNDLE", "a member is not a byte string")
         evidence = Evidence(

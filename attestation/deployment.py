@@ -1,4 +1,4 @@
-"""Who runs an enclave (ratls facts §3.8): the operator's deployment statement, and the status list that takes things back.
+"""Who runs an enclave (ratls facts §3.8): the operator's deployment statement, and the status list that revokes.
 
 Evidence says which program runs, not for whom. An attacker with the same image elsewhere, or here with a configuration
 of his own, has no statement that lists it. Both documents are DSSE envelopes signed with Ed25519 by keys that a client
@@ -81,8 +81,9 @@ class DeploymentStatement:
     @classmethod
     def _parse(cls, t: dict[str, Any]) -> DeploymentStatement:  # Any: JSON values, each checked
         needed = frozenset(
-            ["version", "operator", "serial", "notBefore", "notAfter", "dnsNames", "roles", "configs", "releases", "salt", "platforms"]
-        )  # fmt: skip
+            ("version", "operator", "serial", "notBefore", "notAfter", "dnsNames", "roles")
+            + ("configs", "releases", "salt", "platforms")
+        )
         exact(t, needed, needed | {"gpus"}, "deployment statement")
         if t["version"] != 1:
             raise FormatError("FORMAT_DEPLOYMENT", "version", expected=1, actual=t["version"])

@@ -1,4 +1,4 @@
-"""Endorsements (RFC 9334 §8.2): what Intel and NVIDIA say of their hardware. Signed by them, so the carrier is not trusted.
+"""Endorsements (RFC 9334 §8.2): what Intel and NVIDIA say of their hardware. They sign it; the carrier is not trusted.
 
 The server offers them as hints in its bundle; a client that fetched its own uses those instead. Freshness is judged by
 the verifier's own clock.

@@ -158,7 +158,7 @@ class DeploymentPolicy:
 
 @dataclass(frozen=True, slots=True)
 class ChannelPolicy:
-    """Which channel proof a connection must give before a user's first byte: bound to the exporter, or at least to the key."""
+    """Which channel proof a connection must give before a user's first byte: bound to the exporter, or to the key."""
 
     proof: Literal["exporter", "key"] | Skip
     fresh_gpu: bool

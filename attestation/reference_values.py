@@ -55,7 +55,7 @@ class ReleaseManifest:
 
     @classmethod
     def parse(cls, payload: bytes) -> ReleaseManifest:
-        """`FORMAT_RELEASE` for anything a manifest of release/v1 is not. Members that only an auditor reads may follow."""
+        """`FORMAT_RELEASE` for anything that is no release/v1. Members that only an auditor reads may stand beside."""
         top = _load(payload)
         if top.get("_type") != STATEMENT_TYPE or top.get("predicateType") != PREDICATE_TYPE:
             _bad("not a release statement", PREDICATE_TYPE, str(top.get("predicateType")))

@@ -1,0 +1,247 @@
+"""Appraisal of what people signed: release manifest, deployment statement, status list (verifier step 5).
+
+Each is named in the claims by digest, except the status list, which dates itself. Under a policy that pins keys, an
+object that is missing, unsigned, out of date or about something else is a refusal. `EVIDENCE_DIGEST` means that the
+object offered is not the one the claims name: fetch it again. Pure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+from attestation.claims import Claims
+from attestation.deployment import (
+    DEPLOYMENT_PAYLOAD_TYPE,
+    STATUS_PAYLOAD_TYPE,
+    DeploymentStatement,
+    StatusList,
+    salted,
+)
+from attestation.dsse import Envelope
+from attestation.evidence import Evidence
+from attestation.policy import DeploymentPolicy, Policy, ReleasePolicy, Skip
+from attestation.reference_values import RELEASE_PAYLOAD_TYPE, ReleaseManifest
+from attestation.result import Checks
+
+__all__ = ["Identified", "appraise_deployment", "appraise_release", "appraise_status"]
+
+_DSSE: Final = "DSSE v1; in-toto Statement v1"
+_WHO: Final = "deployment statement: an image alone identifies nobody"
+
+
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """What only this enclave's evidence shows, asked of the operator's statement: platform of *this* quote, GPUs."""
+
+    piid: bytes | None
+    ppid: bytes
+    gpu_serials: tuple[bytes, ...]
+
+
+def appraise_release(
+    evidence: Evidence, claims: Claims, policy: ReleasePolicy | Skip, *, now: int, checks: Checks
+) -> ReleaseManifest | None:
+    """The manifest, when it is the one the claims name, enough pinned signers signed it and its dates hold."""
+    if isinstance(policy, Skip):
+        checks.skip("release.signers", policy.why, cite=_DSSE)
+        return None
+    envelope = _envelope(evidence.release, "release", RELEASE_PAYLOAD_TYPE, checks)
+    if envelope is None:
+        return None
+    good = _named(envelope, claims.release, "release", checks)
+    good &= _signed(envelope, policy.signers, policy.threshold, "release", "RELEASE_SIGNERS", checks)
+    manifest = checks.parse(
+        "release.form", lambda: ReleaseManifest.parse(envelope.payload), reason="the release manifest is well formed"
+    )
+    if manifest is None:
+        return None
+    good &= checks.require(
+        "release.dates", manifest.not_before <= now <= manifest.not_after, code="RELEASE_DATES",
+        reason="the release is in force", expected=f"{manifest.not_before} to {manifest.not_after}", actual=now,
+        cite=_DSSE,
+    )  # fmt: skip
+    allowed = [m.id for m in claims.models if m.weights not in manifest.weights.get(m.id, frozenset())]
+    checks.require(
+        "release.models", not allowed, code="RELEASE_MODELS",
+        reason="every model served is one of the release, with its weights",
+        expected=sorted(manifest.weights), actual=", ".join(f"{m.id} {m.weights}" for m in claims.models),
+        cite="claims: models",
+    )  # fmt: skip
+    return manifest if good else None
+
+
+def appraise_deployment(
+    evidence: Evidence,
+    claims: Claims,
+    policy: DeploymentPolicy | Skip,
+    *,
+    who: Identified | None,
+    now: int,
+    checks: Checks,
+) -> DeploymentStatement | None:
+    """The statement, when a pinned operator signed it and it covers name, role, platform, configuration and release."""
+    if isinstance(policy, Skip):
+        checks.skip("deployment.operator", policy.why, cite=_WHO)
+        return None
+    if claims.deployment is None or not evidence.deployment:
+        checks.require(
+            "deployment.present", False, code="DEPLOYMENT_ABSENT", reason="the enclave carries a deployment statement",
+            expected="a statement", actual="none", cite=_WHO,
+        )  # fmt: skip
+        return None
+    envelope = _envelope(evidence.deployment, "deployment", DEPLOYMENT_PAYLOAD_TYPE, checks)
+    if envelope is None:
+        return None
+    good = _named(envelope, claims.deployment, "deployment", checks)
+    good &= _signed(envelope, policy.operators, policy.threshold, "deployment", "DEPLOYMENT_OPERATOR", checks)
+    statement = checks.parse(
+        "deployment.form", lambda: DeploymentStatement.parse(envelope.payload), reason="the statement is well formed"
+    )
+    if statement is None:
+        return None
+    _covers(statement, claims, policy, who, now, checks)
+    return statement if good else None
+
+
+def _covers(
+    s: DeploymentStatement, claims: Claims, policy: DeploymentPolicy, who: Identified | None, now: int, checks: Checks
+) -> None:
+    checks.require(
+        "deployment.dates", s.not_before <= now <= s.not_after, code="DEPLOYMENT_DATES",
+        reason="the statement is in force", expected=f"{s.not_before} to {s.not_after}", actual=now, cite=_WHO,
+    )  # fmt: skip
+    checks.require(
+        "deployment.serial", s.serial >= policy.min_serial, code="DEPLOYMENT_SERIAL",
+        reason="the statement is not older than the pinned one", expected=f">= {policy.min_serial}", actual=s.serial,
+        cite=_WHO,
+    )  # fmt: skip
+    checks.require(
+        "deployment.names", set(claims.dns_names) <= set(s.dns_names), code="DEPLOYMENT_NAME",
+        reason="every name of the certificate is the operator's", expected=s.dns_names, actual=claims.dns_names,
+        cite=_WHO,
+    )  # fmt: skip
+    checks.require(
+        "deployment.role", claims.role in s.roles and claims.role == policy.role, code="DEPLOYMENT_ROLE",
+        reason="the enclave plays the role that was wanted and granted",
+        expected=f"{policy.role}, out of {', '.join(sorted(s.roles))}", actual=claims.role, cite=_WHO,
+    )  # fmt: skip
+    checks.require(
+        "deployment.config", claims.config in s.configs, code="DEPLOYMENT_CONFIG",
+        reason="the measured configuration is one the operator signed", expected=s.configs, actual=claims.config,
+        cite=_WHO,
+    )  # fmt: skip
+    checks.require(
+        "deployment.release", claims.release in s.releases, code="DEPLOYMENT_RELEASE",
+        reason="the release is one the operator runs", expected=s.releases, actual=claims.release, cite=_WHO,
+    )  # fmt: skip
+    checks.require(
+        "deployment.platform", who is not None and s.covers_platform(who.piid, who.ppid), code="DEPLOYMENT_PLATFORM",
+        reason="the platform of this quote is one of the operator's", expected=f"one of {len(s.platforms)}",
+        actual="unknown" if who is None else salted(s.salt, who.piid or who.ppid), cite=_WHO,
+    )  # fmt: skip
+    if s.gpus is not None:
+        found = frozenset(salted(s.salt, g) for g in (who.gpu_serials if who else ()))
+        checks.require(
+            "deployment.gpus", bool(found) and found <= s.gpus, code="DEPLOYMENT_GPUS",
+            reason="every GPU is one of the operator's", expected=s.gpus, actual=found, cite=_WHO,
+        )  # fmt: skip
+
+
+def appraise_status(
+    evidence: Evidence,
+    claims: Claims,
+    policy: Policy,
+    statement: DeploymentStatement | None,
+    *,
+    who: Identified | None,
+    now: int,
+    checks: Checks,
+) -> StatusList | None:
+    """The status list, when one is required: signed by operator or release signer, current, and silent about us."""
+    wanted = policy.deployment
+    if isinstance(wanted, Skip) or isinstance(wanted.status_list, Skip):
+        why = wanted.why if isinstance(wanted, Skip) else wanted.status_list.why  # type: ignore[union-attr]  # narrowed above
+        checks.skip("status.list", why, cite=_WHO)
+        return None
+    envelope = _envelope(evidence.status, "status", STATUS_PAYLOAD_TYPE, checks)
+    if envelope is None:
+        return None
+    keys = wanted.operators | (frozenset() if isinstance(policy.release, Skip) else policy.release.signers)
+    good = _signed(envelope, keys, 1, "status", "STATUS_SIGNER", checks)
+    status = checks.parse("status.form", lambda: StatusList.parse(envelope.payload), reason="the list is well formed")
+    if status is None:
+        return None
+    good &= checks.require(
+        "status.current", status.issued_at <= now <= status.next_update, code="STATUS_EXPIRED",
+        reason="the status list is current", expected=f"{status.issued_at} to {status.next_update}", actual=now,
+        cite=_WHO,
+    )  # fmt: skip
+    denied = _denied(status, claims, statement, who)
+    checks.require(
+        "status.denied", not denied, code="STATUS_DENIED", reason="nothing of this enclave has been withdrawn",
+        expected="none", actual=denied, cite=_WHO,
+    )  # fmt: skip
+    if statement is not None:
+        usable = Envelope.parse(evidence.deployment).signers(wanted.operators - _keys_denied(status, wanted.operators))
+        checks.require(
+            "status.keys", len(usable) >= wanted.threshold, code="STATUS_DENIED",
+            reason="enough operator keys have not been withdrawn", expected=wanted.threshold, actual=len(usable),
+            cite=_WHO,
+        )  # fmt: skip
+    return status if good else None
+
+
+def _denied(
+    status: StatusList, claims: Claims, statement: DeploymentStatement | None, who: Identified | None
+) -> list[str]:
+    salt = statement.salt if statement else b""
+    platforms = {salted(salt, i) for i in (who.piid, who.ppid) if i is not None} if who else set()
+    gpus = {salted(salt, g) for g in who.gpu_serials} if who else set()
+    asked = {
+        "release": claims.release in status.releases,
+        "config": claims.config in status.configs,
+        "statement": claims.deployment in status.statements,
+        "platform": bool(platforms & status.platforms),
+        "gpu": bool(gpus & status.gpus),
+    }
+    return [name for name, hit in asked.items() if hit]
+
+
+def _keys_denied(status: StatusList, keys: frozenset[bytes]) -> frozenset[bytes]:
+    """Withdrawn keys, listed as SHA-256 of the key or as the key itself."""
+    return frozenset(k for k in keys if k in status.keys or hashlib.sha256(k).digest() in status.keys)
+
+
+def _envelope(raw: bytes, what: str, payload_type: str, checks: Checks) -> Envelope | None:
+    if not raw:
+        checks.require(
+            f"{what}.present", False, code="EVIDENCE_DIGEST", reason=f"the {what} document is there",
+            expected=payload_type, actual="nothing", cite=_DSSE,
+        )  # fmt: skip
+        return None
+    envelope = checks.parse(f"{what}.envelope", lambda: Envelope.parse(raw), reason="a DSSE envelope", cite=_DSSE)
+    if envelope is None:
+        return None
+    typed = checks.equal(
+        f"{what}.type", payload_type, envelope.payload_type, code="STATEMENT_TYPE",
+        reason=f"the envelope holds a {what} document", cite=_DSSE,
+    )  # fmt: skip
+    return envelope if typed else None
+
+
+def _named(envelope: Envelope, digest: bytes, what: str, checks: Checks) -> bool:
+    return checks.equal(
+        f"{what}.digest", digest, envelope.digest, code="EVIDENCE_DIGEST",
+        reason=f"the {what} document is the one the quote commits to", cite="claims",
+    )  # fmt: skip
+
+
+def _signed(envelope: Envelope, keys: frozenset[bytes], threshold: int, what: str, code: str, checks: Checks) -> bool:
+    found = len(envelope.signers(keys))
+    return checks.require(
+        f"{what}.signers", found >= threshold, code=code,
+        reason=f"{threshold} of {len(keys)} pinned keys signed the {what} document",
+        expected=f">= {threshold}", actual=found, cite=_DSSE,
+    )  # fmt: skip
