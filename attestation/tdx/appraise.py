@@ -283,12 +283,13 @@ def _facts(
             + [bytes(theirs["ppid"]).hex(), bytes(theirs["fmspc"]).hex(), str(claims["tcb"]["eval_data_number"])]
         )
     except (KeyError, TypeError, ValueError, AttributeError, StopIteration, FormatError) as err:
-        checks.require("tdx.readers-agree", False, code="TDX_READERS_DIFFER", reason=f"the library's claims lack {err}")
+        checks.require("tdx.readers-agree", False, code="TDX_READERS_DIFFER",
+                       reason=f"the library's claims cannot be read: {type(err).__name__}", cite=_ABI)  # fmt: skip
         return None
     same = checks.require(
         "tdx.readers-agree", seen == said, code="TDX_READERS_DIFFER",
         reason="our reader and the library's read the same values", expected=", ".join(said[-3:]),
-        actual=", ".join(seen[-3:]),
+        actual=", ".join(seen[-3:]), cite=_ABI,
     )  # fmt: skip
     return facts if same else None
 

@@ -188,7 +188,7 @@ def _call(quote: Quote, collateral: Collateral, root: bytes, now: int) -> tuple[
 
 
 def _full_sentence(quote: Quote, given: Any, root: bytes, now: int) -> str:  # Any: the library ships no types
-    """The older call says the same with its cause; `verify_with_policy` leaves the cause out. Empty when it does not."""
+    """The older call says the same with its cause, which `verify_with_policy` leaves out. Empty when it accepts."""
     try:
         dcap_qvl.verify_with_root_ca(quote.raw, given, root, now)
     except ValueError as err:

@@ -108,5 +108,5 @@ class Case:
             "event_log": self.event_log,
             "root": root.read_bytes() if root.exists() else INTEL_SGX_ROOT_CA,
         }
-        arguments = {"quote": self.quote, "collateral": self.collateral, "now": int(self.about["at"])} | given | changes
-        return judge(**arguments)
+        given |= {"quote": self.quote, "collateral": self.collateral, "now": int(self.about["at"])} | changes
+        return judge(**given)

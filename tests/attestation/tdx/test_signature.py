@@ -1,0 +1,108 @@
+"""The library speaks English and stops early; a verdict here never depends on understanding it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import dcap_qvl
+import pytest
+
+from attestation.result import Status
+from attestation.tdx import signature
+from attestation.tdx.certificates import pck_extension, read_certificate
+from tests.attestation.tdx.dev import REPORT_DATA, tee, tell
+
+
+def refuse_with(monkeypatch: pytest.MonkeyPatch, sentence: str) -> None:
+    """The library, refusing with *sentence*: the one thing that is replaced, because it cannot be made to say it."""
+
+    class Verifier:
+        def __init__(self, **_: Any) -> None: ...
+
+        def verify_with_policy(self, *_: Any) -> Any:
+            raise ValueError(sentence)
+
+    monkeypatch.setattr(signature.dcap_qvl, "QuoteVerifier", Verifier)
+
+
+@pytest.mark.parametrize("sentence", ["", "everything is fine", "OK", "UpToDate", "a sentence of a later release"])
+def test_sentence_nobody_knows_is_a_refusal(monkeypatch: pytest.MonkeyPatch, sentence: str) -> None:
+    refuse_with(monkeypatch, sentence)
+    verdict = tell()
+    assert verdict.failed == {"tdx.signature-layer": "TDX_SIGNATURE_LAYER"} and verdict.facts is None
+
+
+@pytest.mark.parametrize("part", [s[0] for s in signature._SENTENCES])
+def test_every_known_sentence_is_a_refusal_by_a_named_check(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    refuse_with(monkeypatch, f"Verification failed: {part}")
+    verdict = tell()
+    assert len(verdict.failed) == 1 and not verdict.accepted and verdict.facts is None
+    assert "TDX_SIGNATURE_LAYER" not in verdict.codes
+
+
+def test_stage_that_was_not_reached_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_with(monkeypatch, "No matching TCB level found")
+    verdict = tell()
+    assert verdict.failed == {"tdx.tcb-level": "TDX_TCB_LEVEL"}
+    assert verdict.status("tdx.qe-identity") is Status.SKIP
+    assert verdict.status("tdx.quote-signature") is Status.PASS  # judged again by our own code
+
+
+def test_library_that_reads_other_values_than_we_do_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parsers that disagree about one quote are an attack on whoever trusts the other one."""
+    honest = dcap_qvl.QuoteVerifier
+
+    class Verifier:
+        def __init__(self, **how: Any) -> None:
+            self._real = honest(**how)
+
+        def verify_with_policy(self, *arguments: Any) -> Any:
+            text = self._real.verify_with_policy(*arguments).to_json()
+
+            class Claims:
+                def to_json(self) -> str:
+                    return str(text.replace(tee().td.mrtd.hex(), "00" * 48))
+
+            return Claims()
+
+    monkeypatch.setattr(signature.dcap_qvl, "QuoteVerifier", Verifier)
+    verdict = tell()
+    assert verdict.failed == {"tdx.readers-agree": "TDX_READERS_DIFFER"} and verdict.facts is None
+
+
+@pytest.mark.parametrize("claims", ["[]", "{}", '{"platform": null}', "not json"])
+def test_claims_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch, claims: str) -> None:
+    class Claims:
+        def to_json(self) -> str:
+            return claims
+
+    class Verifier:
+        def __init__(self, **_: Any) -> None: ...
+
+        def verify_with_policy(self, *_: Any) -> Any:
+            return Claims()
+
+    monkeypatch.setattr(signature.dcap_qvl, "QuoteVerifier", Verifier)
+    verdict = tell()
+    assert not verdict.accepted and verdict.facts is None
+
+
+def test_root_that_is_no_certificate_is_refused() -> None:
+    for root in (b"", b"\x30\x00", bytes(700)):
+        assert not tell(root=root).accepted
+
+
+def test_time_out_of_range_is_refused() -> None:
+    for now in (-1, 2**64, 0):
+        assert not tell(now=now).accepted
+
+
+def test_our_reader_of_the_pck_extension_agrees_with_the_library() -> None:
+    chain = tee().quote(REPORT_DATA)
+    theirs = dcap_qvl.parse_quote(chain).pck_extension()
+    sgx = read_certificate(tee().pki["intel-pck"].der).sgx
+    assert sgx is not None
+    ours = pck_extension(sgx)
+    assert (ours.ppid, ours.fmspc, ours.pce_id, ours.platform_instance_id) == (
+        theirs.ppid, theirs.fmspc, theirs.pce_id, theirs.platform_instance_id,
+    )  # fmt: skip
