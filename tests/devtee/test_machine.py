@@ -133,6 +133,11 @@ def test_writing_a_digest_extends_the_register_and_the_next_quote_shows_it(state
     assert verified(state, quote).status == "UpToDate"
 
 
+def test_digest_that_equals_the_register_extends_it_too(state: Path) -> None:
+    before = register(state, 3).read_bytes()
+    assert extend(state, 3, before) == hashlib.sha384(before + before).digest()
+
+
 def test_write_of_another_length_extends_nothing(state: Path) -> None:
     before = register(state, 3).read_bytes()
     for short in (b"\xff", secrets.token_bytes(47 - 8)):
