@@ -105,6 +105,7 @@ class Relay:
         self._redial: list[Connection] = []
         self._epoll = select.epoll()
         self._stops = 0
+        self._closed = False
         self._drain_until: float | None = None
         self._accept_again: float | None = None
         self._back_off = _BACK_OFF[0]
@@ -193,8 +194,10 @@ class Relay:
     # --- stopping
 
     def stop(self) -> None:
-        """Stop accepting and drain; a second call stops at once. Safe in a signal handler."""
+        """Stop accepting and drain; a second call stops at once. Safe in a signal handler, also after the end."""
         self._stops += 1
+        if self._closed:
+            return  # the wake-up descriptor may be somebody else's by now
         with contextlib.suppress(BlockingIOError):  # plenty of wake-ups are waiting already
             os.write(self._wake_w, b"\0")
 
@@ -275,6 +278,7 @@ class Relay:
         if self._drain_until is None:
             for listener in self._listeners:
                 listener.close()
+        self._closed = True
         self.pool.close()
         self._epoll.close()
         os.close(self._wake_r)

@@ -171,6 +171,15 @@ def ended(sock: socket.socket) -> str:
     return "eof"
 
 
+def refused(address: str) -> bool:
+    """Whether a new connection is reset at once: while connecting, or on the first read."""
+    try:
+        with dial(address) as sock:
+            return ended(sock) == "reset"
+    except ConnectionResetError:
+        return True
+
+
 def wait_until(true: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE
     while not true():

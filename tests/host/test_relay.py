@@ -23,6 +23,7 @@ from tests.host.harness import (
     ended,
     receive,
     receive_digest,
+    refused,
     send_digest,
     together,
     wait_until,
@@ -281,8 +282,7 @@ def test_source_over_its_cap_is_refused_and_let_in_again_when_one_leaves(tmp_pat
     ):
         first, second = relay.open(), relay.open()
         ends = [backend.accept(), backend.accept()]
-        with relay.connect() as third:
-            assert ended(third) == "reset"
+        assert refused(relay.address)
         relay.wait_for_reasons("over-source-limit")
         for sock in (first, *ends):
             sock.close()
@@ -298,9 +298,8 @@ def test_connections_over_the_total_are_refused(tmp_path: Path) -> None:
         RelayProcess(tmp_path, "--default", backend.address, "--max-connections", "1") as relay,
         relay.open(),
         backend.accept(),
-        relay.connect() as second,
     ):
-        assert ended(second) == "reset"
+        assert refused(relay.address)
         relay.wait_for_reasons("over-capacity")
 
 
@@ -330,14 +329,14 @@ def test_log_holds_no_address_no_name_of_the_client_and_no_content(tmp_path: Pat
                 own = client.getsockname()
                 client.sendall(b"canary-content")
                 assert receive(server, 14) == b"canary-content"
-            with relay.open("canary-other.test") as refused:
-                receive(refused, 100)
+            with relay.open("canary-other.test") as unknown:
+                receive(unknown, 100)
             wait_until(lambda: len(relay.reasons) == 2)
             assert relay.stop() == 0
             assert "name=*.b.test " in relay.log
             assert "canary" not in relay.log
             assert "127.0.0.1" not in relay.log
-            assert str(own[1]) not in relay.log.replace("up=", "").split("seconds")[0]
+            assert f":{own[1]}" not in relay.log
 
 
 def test_quiet_relay_writes_nothing(tmp_path: Path) -> None:

@@ -152,16 +152,16 @@ def test_pool_keeps_few_and_closes_the_rest() -> None:
 def relay_here(endpoints: tuple[Endpoint, ...], pipes: int = 256) -> Iterator[tuple[str, Relay]]:
     listener = open_listener(TcpAddress("127.0.0.1", 0))
     routes = RouteTable([], UnixAddress("/unused"))
-    relay = Relay([listener], routes, {"default": endpoints}, Limits(), pipes=pipes, quiet=True)
+    relay = Relay([listener], routes, {"default": endpoints}, Limits(drain_timeout=0.2), pipes=pipes, quiet=True)
     thread = threading.Thread(target=relay.run)
     thread.start()
     try:
         yield str(listener.address), relay
     finally:
         relay.stop()
-        relay.stop()
         thread.join(10)
         assert not thread.is_alive()
+        relay.stop()  # a signal that comes after the end finds nothing to do
 
 
 def test_second_address_of_a_backend_is_tried_when_the_first_refuses() -> None:
