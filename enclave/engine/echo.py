@@ -1,0 +1,178 @@
+"""An engine for tests that speaks the same HTTP as vLLM, deterministically, and can be told to misbehave.
+
+It answers with the last user message (or the prompt), one word per event. Delay, errors, a death in mid-stream, and a
+stream that ends without `[DONE]` are switched by attributes; what reached it is kept in `calls`. Its quirks are
+vLLM's: integer error codes, an error event followed by `[DONE]`, unknown fields accepted. No configuration can load it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from enclave.engine import selftest
+from enclave.engine.base import ASGIApp, Receive, Scope, Send
+
+__all__ = ["Call", "EchoEngine"]
+
+Fault = Literal["", "reject", "crash", "raise", "error-event", "error-first", "no-done", "hang", "no-stream"]
+
+
+@dataclass(slots=True)
+class Call:
+    """One request as it reached the engine."""
+
+    path: str
+    headers: list[tuple[bytes, bytes]]
+    body: bytes = field(repr=False)
+    disconnected: bool = False
+    finished: bool = False
+
+
+class EchoEngine:
+    """Implements `enclave.engine.base.Engine`.
+
+    delay     seconds before each event
+    fault     what to do wrong: `reject` 400, `crash` 500, `raise` an exception, `error-event` after two events,
+              `error-first` before any, `no-done`, `hang` after two events, `no-stream` JSON for a stream
+    repeat    how often the text is said
+    """
+
+    def __init__(self, model_id: str) -> None:
+        self._model_id = model_id
+        self._failed = asyncio.Event()
+        self._reason = ""
+        self._started = False
+        self.delay = 0.0
+        self.fault: Fault = ""
+        self.repeat = 1
+        self.calls: list[Call] = []
+
+    @property
+    def model_id(self) -> str:
+        return self._model_id
+
+    @property
+    def app(self) -> ASGIApp:
+        return self._serve
+
+    @property
+    def healthy(self) -> bool:
+        return self._started and not self._failed.is_set()
+
+    async def start(self) -> None:
+        self._started = True
+
+    async def self_test(self, golden: list[dict[str, Any]]) -> None:  # Any: JSON values
+        await selftest.run(self, golden)
+
+    async def wait_failed(self) -> str:
+        await self._failed.wait()
+        return self._reason
+
+    async def stop(self) -> None:
+        self._started = False
+
+    def die(self, reason: str) -> None:
+        """Fail for good, as an engine does whose process was killed."""
+        self._reason = reason
+        self._failed.set()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        call = Call(scope["path"], list(scope["headers"]), message["body"])
+        self.calls.append(call)
+        watch = asyncio.create_task(self._watch(call, receive))
+        answer = asyncio.create_task(self._answer(call, send))
+        try:
+            await asyncio.wait({watch, answer}, return_when=asyncio.FIRST_COMPLETED)
+            if answer.done():
+                answer.result()
+                call.finished = True
+        finally:
+            for task in (watch, answer):
+                task.cancel()
+            await asyncio.gather(watch, answer, return_exceptions=True)
+
+    async def _watch(self, call: Call, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            raise RuntimeError("the body was given twice")
+        call.disconnected = True
+
+    async def _answer(self, call: Call, send: Send) -> None:
+        body = json.loads(call.body)
+        if self.fault == "raise":
+            raise RuntimeError("canary in an exception: " + call.body.decode())
+        if self.fault in ("reject", "crash"):
+            status = 400 if self.fault == "reject" else 500
+            document = {
+                "error": {"message": "no such luck", "type": "BadRequestError", "param": "seed", "code": status}
+            }
+            await _json(send, status, document)
+            return
+        text = " ".join([_text(body)] * self.repeat)
+        chat = call.path == "/v1/chat/completions"
+        if not body.get("stream") or self.fault == "no-stream":
+            await asyncio.sleep(self.delay)
+            await _json(send, 200, _whole(self._model_id, text, chat=chat))
+            return
+        head = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        async for event in self._events(text, chat=chat):
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _events(self, text: str, *, chat: bool) -> AsyncIterator[bytes]:
+        words = text.split(" ")
+        error = b'data: {"error": {"message": "secret text", "type": "InternalServerError", "code": 500}}\n\n'
+        if self.fault == "error-first":
+            yield error
+            yield b"data: [DONE]\n\n"
+            return
+        for number, word in enumerate(words):
+            await asyncio.sleep(self.delay)
+            yield _event(self._model_id, word if number == 0 else " " + word, chat=chat)
+            if number == 1 and self.fault == "hang":
+                await asyncio.Event().wait()
+            if number == 1 and self.fault == "error-event":
+                yield error
+                break
+        if self.fault != "no-done":
+            yield b"data: [DONE]\n\n"
+
+
+def _text(body: dict[str, Any]) -> str:  # Any: JSON values
+    said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
+    return said if isinstance(said, str) else json.dumps(said)
+
+
+def _event(model: str, text: str, *, chat: bool) -> bytes:
+    choice: dict[str, Any] = {"index": 0, "finish_reason": None}
+    choice.update({"delta": {"role": "assistant", "content": text}} if chat else {"text": text})
+    kind = "chat.completion.chunk" if chat else "text_completion"
+    chunk = {"id": "chatcmpl-echo", "object": kind, "created": 0, "model": model, "choices": [choice]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+def _whole(model: str, text: str, *, chat: bool) -> dict[str, Any]:  # Any: JSON values
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
+    choice.update({"message": {"role": "assistant", "content": text}} if chat else {"text": text})
+    count = len(text.split(" "))
+    return {
+        "id": "chatcmpl-echo",
+        "object": "chat.completion" if chat else "text_completion",
+        "created": 0,
+        "model": model,
+        "choices": [choice],
+        "usage": {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count},
+    }
+
+
+async def _json(send: Send, status: int, document: dict[str, Any]) -> None:  # Any: JSON values
+    body = json.dumps(document).encode()
+    head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
