@@ -173,7 +173,7 @@ def test_length_that_points_outside_is_refused_before_it_is_used() -> None:
 def test_random_bytes_never_crash_the_parser(raw: bytes) -> None:
     for reader in (Quote.parse, canonical_length):
         with pytest.raises(FormatError):
-            reader(raw)  # type: ignore[operator]  # two readers of bytes
+            reader(raw)
 
 
 @settings(max_examples=200, deadline=None)

@@ -9,7 +9,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-import dcap_qvl
+import dcap_qvl  # type: ignore[import-untyped]  # ships stubs without py.typed
 import pytest
 
 from attestation.policy import Skip, TdxPolicy, platform_policy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import dcap_qvl
+import dcap_qvl  # type: ignore[import-untyped]  # ships stubs without py.typed
 import pytest
 
 from attestation.result import Status
@@ -22,7 +22,7 @@ def refuse_with(monkeypatch: pytest.MonkeyPatch, sentence: str) -> None:
         def verify_with_policy(self, *_: Any) -> Any:
             raise ValueError(sentence)
 
-    monkeypatch.setattr(signature.dcap_qvl, "QuoteVerifier", Verifier)
+    monkeypatch.setattr(dcap_qvl, "QuoteVerifier", Verifier)
 
 
 @pytest.mark.parametrize("sentence", ["", "everything is fine", "OK", "UpToDate", "a sentence of a later release"])
@@ -65,7 +65,7 @@ def test_library_that_reads_other_values_than_we_do_is_refused(monkeypatch: pyte
 
             return Claims()
 
-    monkeypatch.setattr(signature.dcap_qvl, "QuoteVerifier", Verifier)
+    monkeypatch.setattr(dcap_qvl, "QuoteVerifier", Verifier)
     verdict = tell()
     assert verdict.failed == {"tdx.readers-agree": "TDX_READERS_DIFFER"} and verdict.facts is None
 
@@ -82,7 +82,7 @@ def test_claims_of_another_shape_are_refused(monkeypatch: pytest.MonkeyPatch, cl
         def verify_with_policy(self, *_: Any) -> Any:
             return Claims()
 
-    monkeypatch.setattr(signature.dcap_qvl, "QuoteVerifier", Verifier)
+    monkeypatch.setattr(dcap_qvl, "QuoteVerifier", Verifier)
     verdict = tell()
     assert not verdict.accepted and verdict.facts is None
 
