@@ -1,0 +1,55 @@
+# vouchsafe: `make help` lists what there is. Only `system` needs root.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+PY := .venv/bin/python
+MODEL ?=
+VOUCHSAFE_VECTORS ?=
+export VOUCHSAFE_VECTORS
+
+# Without the variable, an absent folder makes the vector tests skip out loud; with it, it must be there.
+ifeq ($(VOUCHSAFE_VECTORS),)
+unexport VOUCHSAFE_VECTORS
+endif
+
+.PHONY: help system setup demo run test check format bench interop lock clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+system: ## Debian packages that other targets need (root)
+	@if [ "$$(id -u)" != 0 ]; then echo "error: make system needs root"; echo "hint: sudo make system"; exit 1; fi
+	DEBIAN_FRONTEND=noninteractive apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv python3-dev gcc g++ make git openssl
+
+setup: ## .venv with everything the other targets need (no root; TORCH_INDEX=URL where pip finds no CPU build of torch)
+	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON)"; echo "hint: \`make system\` as root, or make setup PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) images/locks/setup.py
+
+demo: setup ## the whole path: verify, chat, receipt, what the host saw, three refusals (MODEL=DIR for your own model)
+	@$(PY) -m tests.demo $(if $(MODEL),--model $(MODEL))
+
+run: setup ## the same, and keep serving
+	@$(PY) -m tests.demo --keep $(if $(MODEL),--model $(MODEL))
+
+test: setup ## all tests that need no special hardware
+	$(PY) -m pytest -q $(TESTS)
+
+check: setup ## format, lint, types, import contracts
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+format: setup ## let ruff put the code in shape
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+interop: setup ## evidence of the development TEE judged by NVIDIA's own verifier, in an environment of its own
+	sh tests/interop/setup_nvidia.sh
+	$(PY) -m pytest -q tests/interop
+
+lock: setup ## refresh the lock from its .in file, showing what changed
+	$(PY) images/locks/lock.py images/locks/cpu-py311.in
+
+clean: ## what the targets made, .venv included
+	rm -rf .venv .venv-nvidia build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
