@@ -11,6 +11,7 @@ the answer is right, not that anything was deleted, and its `served_at` is the e
   (3) `receipt.request-hash`   SHA-256 of the request body as sent equals `request.received`
   (4) `receipt.response-hash`  SHA-256 of the response body as received equals `response.returned`
   (5) `receipt.chain`          the stream's events hash to the marks of `x.stream.chain`, as far as this copy goes
+  (6) `receipt.outcome`        the stream was completed, by the enclave's own word
 
 Hashed and signed bytes are the JCS form (RFC 8785) of the parsed document; the served encoding is free. Integers
 only, ASCII member names. Pure: bytes and values in, values out; runs in the enclave (which signs) and at whoever
@@ -41,6 +42,7 @@ __all__ = [
     "jcs",
     "keyset_digest",
     "keyset_document",
+    "outcome_event",
     "receipt_document",
     "request_forwarded",
     "request_received",
@@ -53,6 +55,8 @@ __all__ = [
 
 API_VERSION: Final = "aci/1"
 CHAIN_EVENT: Final = "x.stream.chain"
+OUTCOME_EVENT: Final = "x.outcome"
+COMPLETED: Final = "completed"
 CHAIN_ALGO: Final = "sse-chain-v1"
 
 MAX_RECEIPT: Final = 2 << 20
@@ -110,6 +114,12 @@ def stream_chain_event(chain: StreamChain) -> dict[str, Any]:  # Any: JSON value
         "marks": [_digest(m) for m in chain.marks],
         "final": _digest(chain.head),
     }
+
+
+def outcome_event(outcome: str) -> dict[str, Any]:  # Any: JSON values
+    """Our extension event for a streamed answer: `completed`, `client_disconnected` or `upstream_error`. The receipt
+    of a stream that broke off must not look like that of a whole one."""
+    return {"type": OUTCOME_EVENT, "outcome": outcome}
 
 
 def receipt_document(
@@ -171,6 +181,7 @@ class Receipt:
 
     received, forwarded, returned   32-byte body hashes; `forwarded` is None when the engine was not called
     chain       the stream's chain, None for an answer that was not streamed
+    outcome     how the stream ended, None for an answer that was not streamed
     event_log   every event as signed, unknown types included
     signed      the bytes under the signature
     """
@@ -187,6 +198,7 @@ class Receipt:
     forwarded: bytes | None
     returned: bytes
     chain: Chain | None
+    outcome: str | None
     event_log: tuple[Mapping[str, Any], ...] = field(repr=False)  # Any: JSON values
     signed: bytes = field(repr=False)
     signature: bytes = field(repr=False)
@@ -213,6 +225,7 @@ class Receipt:
             forwarded=forwarded,
             returned=returned,
             chain=_chain(events),
+            outcome=_outcome(events),
             event_log=events,
             signed=signing_input(doc),
             signature=bytes.fromhex(text(doc["signature"], HEX64, "signature")),
@@ -231,7 +244,7 @@ def verify_receipt(
     checks: Checks,
     allow_cut: bool = False,
 ) -> None:
-    """Record steps (1) to (5) in *checks*.
+    """Record steps (1) to (6) in *checks*.
 
     keyset     the keyset document, as served; the caller has found its digest in verified evidence
     request, response   body bytes as sent and as received, None when the caller has not kept them (recorded as skips)
@@ -259,6 +272,7 @@ def verify_receipt(
         actual=receipt.served_at,
         cite=_CITE,
     )
+    _check_outcome(receipt, checks, allow_cut=allow_cut)
     if request is None:  # (3)
         checks.skip("receipt.request-hash", "the request body was not given", cite=_CITE)
     else:
@@ -304,6 +318,23 @@ def _check_signature(receipt: Receipt, keyset: Keyset, checks: Checks) -> None:
         code="RECEIPT_SIGNATURE",
         reason="the receipt key signed this receipt (Ed25519)",
         actual=f"SHA-256 of the signed bytes {hashlib.sha256(receipt.signed).hexdigest()}",
+        cite=_CITE,
+    )
+
+
+def _check_outcome(receipt: Receipt, checks: Checks, *, allow_cut: bool) -> None:
+    """(6) A broken stream has an honest receipt: it verifies as such only for a reader who says that it knows."""
+    if receipt.outcome is None:
+        return
+    if receipt.outcome != COMPLETED and allow_cut:
+        checks.skip("receipt.outcome", f"the stream was not completed: {receipt.outcome}", cite=_CITE)
+        return
+    checks.equal(
+        "receipt.outcome",
+        COMPLETED,
+        receipt.outcome,
+        code="RECEIPT_OUTCOME",
+        reason="the enclave says that the stream was completed",
         cite=_CITE,
     )
 
@@ -422,6 +453,17 @@ def _reserved(events: Sequence[Mapping[str, Any]]) -> tuple[bytes, bytes | None,
     if not events or events[0]["type"] != "request.received" or "response.returned" not in found:
         bad("event_log", expected="request.received first, and response.returned")
     return found["request.received"], found.get("request.forwarded"), found["response.returned"]
+
+
+def _outcome(events: Sequence[Mapping[str, Any]]) -> str | None:  # Any: JSON values
+    """`x.outcome`, when present: at most once."""
+    named = [e for e in events if e["type"] == OUTCOME_EVENT]
+    if not named:
+        return None
+    if len(named) > 1:
+        bad(OUTCOME_EVENT, expected="at most once")
+    exact(dict(named[0]), {"type", "outcome"}, {"type", "outcome"}, OUTCOME_EVENT)
+    return text(named[0]["outcome"], ID, "outcome")
 
 
 def _chain(events: Sequence[Mapping[str, Any]]) -> Chain | None:  # Any: JSON values

@@ -7,6 +7,7 @@ given only to the credential of its request, because the hash of a body confirms
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import secrets
 import time
@@ -104,19 +105,19 @@ class ReceiptStore:
         self._public = _Room(max_public, max_bytes // 16)
         self._keep = keep_seconds
         self._clock = clock
+        self._sweeping: asyncio.TimerHandle | None = None
 
     def add(self, receipt_id: str, raw: bytes, *, key_digest: bytes | None, chat_id: str | None = None) -> None:
         """Keep *raw* for the holder of the key with that SHA-256, for anybody who knows the id when it is None."""
         now = self._clock()
         room = self._public if key_digest is None else self._kept
-        room.drop_expired(now)
         room.add(receipt_id, _Entry(raw, key_digest, chat_id, now + self._keep))
+        self.sweep()
 
     def get(self, id: str, key_digest: bytes | None) -> bytes | None:
         """The receipt with that receipt id or chat id, None when unknown, expired or of another credential."""
-        now = self._clock()
+        self.sweep()
         for room in (self._kept, self._public):
-            room.drop_expired(now)
             entry = room.get(id)
             if entry is None:
                 continue
@@ -126,8 +127,26 @@ class ReceiptStore:
                 return entry.raw
         return None
 
+    def sweep(self) -> None:
+        """Drop what has expired, and come back when the next one does: an idle enclave forgets too."""
+        now = self._clock()
+        for room in (self._kept, self._public):
+            room.drop_expired(now)
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            self._sweeping = None
+        if len(self) and (loop := _running_loop()) is not None:
+            self._sweeping = loop.call_later(self._keep, self.sweep)
+
     def __len__(self) -> int:
         return len(self._kept.entries) + len(self._public.entries)
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
 
 
 class _Room:
