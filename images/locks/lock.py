@@ -23,8 +23,10 @@ def main(argv: list[str]) -> int:
     source = Path(argv[0])
     target = source.with_suffix(".txt")
     report = subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-qqq", "--dry-run", "--ignore-installed", "--no-deps"]
-        + ["--only-binary=:all:", "--report", "-", "-r", str(source)],
+        [
+            *(sys.executable, "-m", "pip", "install", "-qqq", "--dry-run", "--ignore-installed", "--no-deps"),
+            *("--only-binary=:all:", "--report", "-", "-r", str(source)),
+        ],
         check=True, stdout=subprocess.PIPE,
     ).stdout  # fmt: skip
     lines = []

@@ -1,4 +1,4 @@
-"""Make the one `.venv` of the make targets: check first, say what comes, install by hash. Standard library only, no root.
+"""Make the one `.venv` of the make targets: check first, say what comes, install by hash. Standard library, no root.
 
     python3.11 images/locks/setup.py [--torch-index URL]
 
@@ -38,7 +38,7 @@ def main() -> int:
     if not (VENV / "bin/python").exists():
         run([sys.executable, "-m", "venv", str(VENV)], "could not make .venv", "is python3-venv there? `make system`")
     torch(options.torch_index)
-    print("setup: 170 locked packages …", flush=True)
+    print("setup: the locked packages …", flush=True)
     pip(
         ["-r", str(LOCK)], "a locked package could not be installed", "see pip's message above; then `make setup` again"
     )
@@ -84,9 +84,29 @@ def torch(index: str) -> None:
 
 
 def pip(arguments: list[str], failure: str, hint: str) -> None:
+    """Install exactly what is named. Progress is one line on a terminal, one line per 25 packages elsewhere."""
     hashes = ["--require-hashes"] if "-r" in arguments else []
-    command = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
-    run([*command, "-qq", "--progress-bar", "on" if sys.stdout.isatty() else "off", *hashes, *arguments], failure, hint)
+    base = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
+    process = subprocess.Popen(
+        [*base, "--progress-bar", "off", *hashes, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )  # fmt: skip
+    assert process.stdout is not None
+    total = sum("==" in line for line in LOCK.read_text().splitlines())
+    count, tail, tty = 0, list[str](), sys.stdout.isatty()
+    for line in process.stdout:
+        tail = [*tail[-14:], line.rstrip()]
+        if line.startswith(("Collecting ", "Processing ")):
+            count += 1
+            name = line.split()[1].split("=")[0].rsplit("/", 1)[-1][:40]
+            if tty:
+                print(f"\r  {count}/{total} {name:<40}", end="", flush=True)
+            elif count % 25 == 0:
+                print(f"  {count}/{total}", flush=True)
+        elif line.startswith("Installing collected packages"):
+            print(f"{chr(13) if tty else ''}  unpacking {count} of {total} {'':<40}", flush=True)
+    if process.wait() != 0:
+        print("\n".join(tail), file=sys.stderr)
+        stop(failure, hint)
 
 
 def run(command: list[str], failure: str, hint: str) -> None:

@@ -1,4 +1,4 @@
-"""One search for a prompt and an answer in recorded bytes, used on both records: what the host carries, and the attack's.
+"""One search for a prompt and an answer in recorded bytes, used on what the host carries and on the attack's record.
 
 A streamed answer crosses as many small JSON events, so the search reads the deltas' text together as well as the raw
 bytes. Finding nothing is worth something only because the same search finds both where TLS was ended.
