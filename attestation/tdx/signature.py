@@ -155,11 +155,10 @@ def verify_signatures(
                                    actual=actual, cite=stage.cite)  # fmt: skip
         else:
             checks.skip(stage.id, f"not judged: verification stopped at {failed}", cite=stage.cite)
-    known = refusal is None or failed in _IDS
-    if not known:
+    if refusal is not None and failed not in _IDS:
         checks.require("tdx.signature-layer", False, code="TDX_SIGNATURE_LAYER", reason="dcap-qvl refused the quote",
                        actual=refusal, cite=_DCAP)  # fmt: skip
-    return claims if good and known else None
+    return claims if good else None  # none when the library refused
 
 
 def _call(quote: Quote, collateral: Collateral, root: bytes, now: int) -> tuple[dict[str, Any] | None, str | None]:

@@ -44,7 +44,8 @@ class Verdict:
         return {c.id: c.code for c in self.checks.failed}
 
     def status(self, id: str) -> Status:
-        return next(c.status for c in self.checks if c.id == id)
+        found: Status = next(c.status for c in self.checks if c.id == id)
+        return found
 
 
 def judge(

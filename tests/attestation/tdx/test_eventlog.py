@@ -255,6 +255,29 @@ def test_appending_cuts_at_the_end_marker_and_nothing_unreadable_comes_out() -> 
             append_records(base, [bad])
 
 
+def two_algorithms(first: int, second: int) -> bytes:
+    """A log whose header lists SHA-256 and SHA-384, and one event with two digests."""
+    sizes = {0xB: 32, 0xC: 48}
+    spec = b"Spec ID Event03\0" + struct.pack("<IBBBBIHHHHB", 0, 0, 2, 0, 2, 2, 0xB, 32, 0xC, 48, 0)
+    digests = b"".join(struct.pack("<H", a) + bytes([a]) * sizes[a] for a in (first, second))
+    event = struct.pack("<III", 1, 0xA, 2) + digests + struct.pack("<I", 4) + b"data"
+    return struct.pack("<II20sI", 1, 3, bytes(20), len(spec)) + spec + event
+
+
+def test_sha384_is_taken_among_several_digests() -> None:
+    for order in ((0xB, 0xC), (0xC, 0xB)):
+        log = EventLog.parse(two_algorithms(*order))
+        assert log.events[0].digest == b"\x0c" * 48
+        assert log.replay()[0] == extend(bytes(48), b"\x0c" * 48)
+
+
+@pytest.mark.parametrize("order", [(0xC, 0xC), (0xB, 0xB)])
+def test_event_with_one_algorithm_twice_or_without_sha384_is_refused(order: tuple[int, int]) -> None:
+    """Which of two SHA-384 digests counts would be up to the reader."""
+    with pytest.raises(FormatError):
+        EventLog.parse(two_algorithms(*order))
+
+
 def test_no_action_extends_nothing() -> None:
     log = EventLog.parse(append_records(area(), [(4, 3, b"\1" * 48, b"StartupLocality")]))
     assert log.replay() == replay(boot_events()) and log.events[-1].register is None

@@ -11,12 +11,15 @@ from typing import Any
 
 import dcap_qvl  # type: ignore[import-untyped]  # ships stubs without py.typed
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from attestation.policy import Skip, TdxPolicy, platform_policy
 from attestation.result import Status
 from attestation.tdx import CrlNumbers, Registers
 from tests.attestation.tdx.dev import DAY, NOW, REPORT_DATA, extended_quote, tee, tell
-from tests.devtee.pki import Pki
+from tests.devtee.pki import SGX_EXTENSION, Entity, Pki, issue, pem
 from tests.devtee.tdx import OLD_TEE_TCB_SVN, CollateralSpec, QuoteForm
 from tests.devtee.tee import DevTee
 
@@ -195,6 +198,57 @@ def test_stale_platform_blessed_by_an_extracted_pck_key_is_refused() -> None:
         "tdx.qe-identity-signer": "TDX_COLLATERAL_ROLE",
     }
     assert verdict.facts is None
+
+
+def with_role(entity: Entity, role: str) -> DevTee:
+    """The same machine with one more certificate in its PKI."""
+    pki = tee().pki
+    return DevTee(Pki(pki.facts, pki.entities | {role: entity}, pki.gpus))
+
+
+def named(cn: str, *organisations: str) -> x509.Name:
+    parts = [x509.NameAttribute(NameOID.COMMON_NAME, cn)]
+    return x509.Name(parts + [x509.NameAttribute(NameOID.ORGANIZATION_NAME, o) for o in organisations])
+
+
+INTEL = "Intel Corporation"
+SGX = (x509.UnrecognizedExtension(x509.ObjectIdentifier(SGX_EXTENSION), b"\x30\x00"), False)
+SIGNERS: list[tuple[str, x509.Name, dict[str, Any]]] = [
+    ("another name", named("Intel SGX TCB Signing 2", INTEL), {}),
+    ("a PCK's name", named("Intel SGX PCK Certificate", INTEL), {}),
+    ("another organisation", named("Intel SGX TCB Signing", "Intel Corp"), {}),
+    ("two organisations", named("Intel SGX TCB Signing", INTEL, INTEL), {}),
+    ("no organisation", named("Intel SGX TCB Signing"), {}),
+    ("a platform's extension", named("Intel SGX TCB Signing", INTEL), {"extra": [SGX]}),
+]
+
+
+@pytest.mark.parametrize(("subject", "how"), [s[1:] for s in SIGNERS], ids=[s[0] for s in SIGNERS])
+def test_collateral_signed_under_the_root_by_another_role_is_refused(subject: x509.Name, how: dict[str, Any]) -> None:
+    """The library takes any leaf; here the signer must be the TCB signer by name, organisation and extensions."""
+    odd = issue(subject, tee().pki["intel-root"], ec.SECP256R1(), ca=False, usage=("digital_signature",), **how)
+    collateral = with_role(odd, "odd").collateral(NOW, C(tcb_signer="odd", qe_signer="odd"))
+    assert library_accepts(tee().quote(REPORT_DATA), collateral)
+    assert tell(collateral=collateral, policy=POLICY).failed == {
+        "tdx.tcb-info-signer": "TDX_COLLATERAL_ROLE", "tdx.qe-identity-signer": "TDX_COLLATERAL_ROLE",
+    }  # fmt: skip
+
+
+def test_collateral_signed_by_the_right_role_with_another_certificate_is_accepted() -> None:
+    """Intel renews the signer: the role counts, not the certificate."""
+    new = issue(named("Intel SGX TCB Signing", INTEL), tee().pki["intel-root"], ec.SECP256R1(), ca=False,
+                usage=("digital_signature",))  # fmt: skip
+    collateral = with_role(new, "new").collateral(NOW, C(tcb_signer="new", qe_signer="new"))
+    assert tell(collateral=collateral, policy=POLICY).accepted
+
+
+def test_crl_issuer_chain_that_names_another_ca_is_refused() -> None:
+    """The library does not read this field: without our check it could say anything."""
+    collateral = json.loads(tee().collateral(NOW))
+    signer = tee().pki["intel-tcb-signing"].cert
+    for chain in ([signer, tee().pki["intel-root"].cert], [tee().pki["intel-platform-ca"].cert], [signer, signer]):
+        changed = json.dumps(collateral | {"pck_crl_issuer_chain": pem(chain).decode()}).encode()
+        assert tell(collateral=changed, policy=POLICY).failed == {"tdx.pck-crl-issuer": "TDX_COLLATERAL_ROLE"}
 
 
 def test_pck_chain_beside_the_quote_is_never_used() -> None:

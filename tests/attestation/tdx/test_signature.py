@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any
 
 import dcap_qvl  # type: ignore[import-untyped]  # ships stubs without py.typed
@@ -10,7 +12,8 @@ import pytest
 from attestation.result import Status
 from attestation.tdx import signature
 from attestation.tdx.certificates import pck_extension, read_certificate
-from tests.attestation.tdx.dev import REPORT_DATA, tee, tell
+from tests.attestation.tdx.dev import DAY, NOW, REPORT_DATA, tee, tell
+from tests.devtee.tdx import CollateralSpec
 
 
 def refuse_with(monkeypatch: pytest.MonkeyPatch, sentence: str) -> None:
@@ -68,6 +71,46 @@ def test_library_that_reads_other_values_than_we_do_is_refused(monkeypatch: pyte
     monkeypatch.setattr(dcap_qvl, "QuoteVerifier", Verifier)
     verdict = tell()
     assert verdict.failed == {"tdx.readers-agree": "TDX_READERS_DIFFER"} and verdict.facts is None
+
+
+def accept_as(monkeypatch: pytest.MonkeyPatch, change: Callable[[str], str]) -> None:
+    """A library that accepts whatever it is shown, with the claims of the honest machine after *change*."""
+    honest = json.dumps(honest_claims())
+
+    class Claims:
+        def to_json(self) -> str:
+            return change(honest)
+
+    class Verifier:
+        def __init__(self, **_: Any) -> None: ...
+
+        def verify_with_policy(self, *_: Any) -> Any:
+            return Claims()
+
+    monkeypatch.setattr(dcap_qvl, "QuoteVerifier", Verifier)
+
+
+def honest_claims() -> Any:
+    verifier = dcap_qvl.QuoteVerifier(root_ca_der=tee().roots.intel)
+    given = dcap_qvl.QuoteCollateralV3.from_json(tee().collateral(NOW).decode())
+    policy = dcap_qvl.QuotePolicy.claims_only(NOW)
+    return json.loads(verifier.verify_with_policy(tee().quote(REPORT_DATA), given, NOW, policy).to_json())
+
+
+def test_what_we_judge_ourselves_is_refused_though_the_library_accepts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library once did not look at the QE at all (CVE-2026-22696): cheap questions are asked twice."""
+    accept_as(monkeypatch, lambda claims: claims)
+    assert tell().accepted  # the stand-in itself is believed
+    raw = bytearray(tee().quote(REPORT_DATA))
+    raw[636 + 584] ^= 1  # QE authentication data
+    assert tell(quote=bytes(raw)).failed == {"tdx.qe-binding": "TDX_QE_BINDING"}
+    assert tell(spec=CollateralSpec(age=31 * DAY, lifetime=30 * DAY)).failed.get("tdx.collateral-time")
+    assert tell(spec=CollateralSpec(fmspc=b"\x99" * 6)).failed == {"tdx.fmspc": "TDX_FMSPC"}
+    assert tell(spec=CollateralSpec(tcb_id="SGX")).failed == {"tdx.collateral-kind": "TDX_COLLATERAL_KIND"}
+    accept_as(monkeypatch, lambda claims: claims.replace("0000001000000000", "0100001000000000"))
+    debug = tell(td=tee().changed(td_attributes=0x10000001))
+    assert debug.failed == {"tdx.td-safety": "TDX_ATTRIBUTES", "tdx.td-attributes": "TDX_ATTRIBUTES"}
+    assert debug.facts is None
 
 
 @pytest.mark.parametrize("claims", ["[]", "{}", '{"platform": null}', "not json"])
