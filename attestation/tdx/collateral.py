@@ -14,6 +14,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 
 from attestation.errors import FormatError
@@ -96,26 +97,7 @@ class Collateral:
         """Read the JSON object. Raises `FormatError` (`FORMAT_TDX_COLLATERAL…`)."""
         if len(json_bytes) > MAX_COLLATERAL:
             raise _bad("it is too long", f"<= {MAX_COLLATERAL} bytes", len(json_bytes))
-        top = _object(json_bytes, "collateral")
-        top.pop(_DROPPED, None)
-        if set(top) != set(KEYS):
-            raise _bad("other keys than these", ", ".join(KEYS), ", ".join(sorted(map(str, top)))[:160])
-        for key, value in top.items():
-            if not isinstance(value, str):
-                raise _bad(f"{key} is not text", "text", type(value).__name__)
-        return cls(
-            pck_crl_issuer_chain=_chain(top, "pck_crl_issuer_chain"),
-            root_ca_crl=_hex(top, "root_ca_crl", None),
-            pck_crl=_hex(top, "pck_crl", None),
-            tcb_info_issuer_chain=_chain(top, "tcb_info_issuer_chain"),
-            tcb_info_text=top["tcb_info"],
-            tcb_info_signature=_hex(top, "tcb_info_signature", 64),
-            qe_identity_issuer_chain=_chain(top, "qe_identity_issuer_chain"),
-            qe_identity_text=top["qe_identity"],
-            qe_identity_signature=_hex(top, "qe_identity_signature", 64),
-            tcb_info=_tcb_info(top["tcb_info"]),
-            qe_identity=_qe_identity(top["qe_identity"]),
-        )
+        return _parse(bytes(json_bytes))
 
     def to_json(self) -> bytes:
         """The same collateral in its one spelling: these nine keys in this order, hex in lower case, no white space."""
@@ -131,6 +113,31 @@ class Collateral:
             "qe_identity_signature": self.qe_identity_signature.hex(),
         }
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+@lru_cache(maxsize=8)
+def _parse(json_bytes: bytes) -> Collateral:
+    """Remembered: the same collateral serves every connection for days, and the answer depends on the bytes alone."""
+    top = _object(json_bytes, "collateral")
+    top.pop(_DROPPED, None)
+    if set(top) != set(KEYS):
+        raise _bad("other keys than these", ", ".join(KEYS), ", ".join(sorted(map(str, top)))[:160])
+    for key, value in top.items():
+        if not isinstance(value, str) or not value.isascii():
+            raise _bad(f"{key} is not ASCII text", "text", type(value).__name__)
+    return Collateral(
+        pck_crl_issuer_chain=_chain(top, "pck_crl_issuer_chain"),
+        root_ca_crl=_hex(top, "root_ca_crl", None),
+        pck_crl=_hex(top, "pck_crl", None),
+        tcb_info_issuer_chain=_chain(top, "tcb_info_issuer_chain"),
+        tcb_info_text=top["tcb_info"],
+        tcb_info_signature=_hex(top, "tcb_info_signature", 64),
+        qe_identity_issuer_chain=_chain(top, "qe_identity_issuer_chain"),
+        qe_identity_text=top["qe_identity"],
+        qe_identity_signature=_hex(top, "qe_identity_signature", 64),
+        tcb_info=_tcb_info(top["tcb_info"]),
+        qe_identity=_qe_identity(top["qe_identity"]),
+    )
 
 
 def _bad(why: str, expected: object = "", actual: object = "") -> FormatError:
@@ -158,7 +165,7 @@ def _object(text: bytes | str, what: str) -> dict[str, Any]:  # Any: JSON values
 
 
 def _chain(top: dict[str, Any], key: str) -> tuple[bytes, ...]:
-    text = top[key].encode("utf-8", "replace")
+    text = top[key].encode("ascii")
     if not text.endswith(b"\n"):
         text += b"\n"  # as some proxies hand it over; the certificates are the same
     return read_chain(text, 1, 4, code="FORMAT_TDX_COLLATERAL_CHAIN", what=key)

@@ -4,6 +4,7 @@
     (2) its replay equals RTMR0, 1 and 2, and RTMR3 where the log names it
     (3) event data whose digest a rule defines hashes to that digest; other data is a hint and nothing more
     (4) RTMR3 holds exactly the expected items, in order, the seal last
+    (5) where a release lists its events, the first that differs is named
 
 Pure. Holding a log that passed says which digests were measured, not that they are good ones: registers are compared
 with a release in `appraise`.
@@ -12,7 +13,7 @@ with a release in `appraise`.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from attestation.policy import Skip
@@ -51,9 +52,13 @@ def appraise_event_log(
     checks: Checks,
     *,
     items: Sequence[bytes] | Skip,
+    reference: Mapping[int, Sequence[bytes]] | None = None,
 ) -> bool:
-    """Steps (2) to (4): compare *log* with the *rtmrs* of a quote; *items* are the expected contents of RTMR3
-    (`rtmr3_items`), or the reason why none are known. Returns whether all of it holds."""
+    """Steps (2) to (5): compare *log* with the *rtmrs* of a quote. Returns whether all of it holds.
+
+    items      expected contents of RTMR3 (`rtmr3_items`), or the reason why none are known
+    reference  register (0 to 2) → digests of its events in order, as a release manifest lists them, if it does
+    """
     good = True
     named = {event.register for event in log.events}
     for i, value in enumerate(log.replay()):
@@ -73,6 +78,8 @@ def appraise_event_log(
         reason=f"event data hashes to its digest where a rule says so ({known} of {len(log.events)}, the rest hints)",
         actual=f"{edited[0]} differs" if edited else "", cite=_CITE,
     )  # fmt: skip
+    for register, digests in sorted((reference or {}).items()):
+        good &= _compare_events(log, register, digests, checks)
     if isinstance(items, Skip):
         checks.skip("tdx.rtmr3-items", items.why, cite=_CITE)
         return good
@@ -91,6 +98,23 @@ def appraise_rtmr3(
         why = f"{why}: {_items_difference(found, items)}"
     return checks.require("tdx.rtmr3-items", held and listed, code="TDX_RTMR3", reason=why, expected=rtmr_after(items),
                           actual=rtmr3, cite="measured items: release, config, weights, seal")  # fmt: skip
+
+
+def _compare_events(log: EventLog | DstackLog, register: int, digests: Sequence[bytes], checks: Checks) -> bool:
+    """Step (5): the first event of *register* that is not the release's, by name and digest."""
+    found = [event for event in log.events if event.register == register]
+    reason, expected, actual = f"RTMR{register} holds the {len(digests)} events of the release", b"", b""
+    same = [event.digest for event in found] == list(digests)
+    if not same:
+        at = next((i for i, (e, d) in enumerate(zip(found, digests, strict=False)) if e.digest != d), None)
+        at = min(len(found), len(digests)) if at is None else at
+        expected = digests[at] if at < len(digests) else b""
+        actual = found[at].digest if at < len(found) else b""
+        what = found[at].label if at < len(found) else f"rtmr{register} event missing after {len(found)}"
+        reason = f"{reason}; the first that differs is number {at + 1}: {what}"
+    return checks.require(f"tdx.events-rtmr{register}", same, code="TDX_EVENT", reason=reason,
+                          expected=expected or f"{len(digests)} events", actual=actual or f"{len(found)} events",
+                          cite=_CITE)  # fmt: skip
 
 
 def _first_difference(log: EventLog | DstackLog, register: int, wanted: bytes) -> str:

@@ -198,6 +198,35 @@ def test_edited_digest_names_the_event_that_contradicts_itself() -> None:
     assert "the first event that contradicts itself is rtmr0 event 8 EV_SEPARATOR" in checks.failed[0].reason
 
 
+def digests(register: int) -> list[bytes]:
+    return [e.digest for e in EventLog.parse(area()).events if e.register == register]
+
+
+def test_events_of_the_release_are_compared_one_by_one() -> None:
+    log = EventLog.parse(whole())
+    checks = Checks()
+    reference = {i: digests(i) for i in range(3)}
+    assert appraise_event_log(log, quoted(), checks, items=ITEMS, reference=reference)
+    assert {c.id for c in checks} >= {"tdx.events-rtmr0", "tdx.events-rtmr1", "tdx.events-rtmr2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda d: [*d[:7], bytes(48), *d[8:]], "number 8: rtmr0 event 8 EV_SEPARATOR"),
+        (lambda d: d[:-1], "number 13: rtmr0 event 13 EV_EFI_VARIABLE_BOOT"),
+        (lambda d: [*d, bytes(48)], "number 14: rtmr0 event missing after 13"),
+        (lambda d: [d[1], d[0], *d[2:]], "number 1: rtmr0 event 1 EV_EFI_HANDOFF_TABLES2"),
+    ],
+    ids=["another", "surplus", "missing", "order"],
+)
+def test_first_event_that_is_not_the_releases_is_named(change: Callable[[Any], Any], says: str) -> None:
+    checks = Checks()
+    log = EventLog.parse(whole())
+    assert not appraise_event_log(log, quoted(), checks, items=ITEMS, reference={0: change(digests(0))})
+    assert codes(checks) == {"tdx.events-rtmr0": "TDX_EVENT"} and says in checks.failed[0].reason
+
+
 HEAD = 65
 """Offset of the first event in a log of one algorithm."""
 
