@@ -29,7 +29,7 @@ from typing import Any, Final
 
 __all__ = ["LibraryHandler", "configure_libraries", "dropped", "event", "library_config", "seal", "unseal"]
 
-_WORD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/+-]{0,127}")
+_WORD: Final = re.compile(r"[A-Za-z0-9/][A-Za-z0-9._:/+-]{0,127}")
 _INT: Final = "int"
 _BOOL: Final = "bool"
 _SAFE: Final = "word"

@@ -89,7 +89,7 @@ class Exchange:
         await self._send({"type": "http.response.start", "status": status, "headers": [*self.headers(), *extra]})
 
     async def write(self, body: bytes, *, more: bool) -> None:
-        """Raises TimeoutError when the caller does not read: whoever stops reading may not hold what was made for it."""
+        """Raises TimeoutError when the caller does not read: it may not hold what was made for it."""
         self.bytes_out += len(body)
         async with asyncio.timeout(WRITE_SECONDS):
             await self._send({"type": "http.response.body", "body": body, "more_body": more})
