@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attestation import receipt as r
+from attestation.binding import statement_report_data
 from attestation.errors import FormatError
 from attestation.result import Checks, Status
 from attestation.sse import SseCutter, StreamChain, chain_comment, inline_comment, mark_count, split_inline
@@ -86,6 +87,15 @@ def test_published_keyset_digest_comes_out() -> None:
     expected = "sha256:53a5cd44b30dcc51999754c719f2628a041f174ecbf9662a6f8e898a10cd9371"
     assert r.keyset_digest(r.jcs(keyset())) == expected
     assert r.Keyset.parse(json.dumps(keyset(), indent=3).encode()).digest == expected
+
+
+def test_published_report_data_comes_out() -> None:
+    digest = r.keyset_digest(r.jcs(keyset()))
+    nonce = bytes(range(32)).hex()
+    fresh = bytes.fromhex("df2174d28130852b413646a3786927b93e94c11d770268b65def8bdba45cb49e")
+    cached = bytes.fromhex("0633919ca3f00e97bafaa3304278eb22420cc3ff0d19f87dfca2d3f7508150bc")
+    assert statement_report_data(digest, nonce) == fresh + bytes(32)
+    assert statement_report_data(digest, None) == cached + bytes(32)
 
 
 def test_published_signing_input_and_signature_come_out() -> None:
@@ -413,3 +423,26 @@ def test_comments_are_comments() -> None:
     comment = inline_comment(b'{"a":"?>"}')
     assert comment.startswith(b": vouchsafe-receipt ")
     assert base64.urlsafe_b64decode(comment[20:-2] + b"==") == b'{"a":"?>"}'
+
+
+@pytest.mark.parametrize("outcome", ["client_disconnected", "upstream_error"])
+def test_stream_that_broke_has_a_receipt_that_does_not_pass_for_a_whole_one(outcome: str) -> None:
+    body, raw = stream(EVENTS[:3])
+    doc = {k: v for k, v in json.loads(raw).items() if k != "signature"}
+    doc["event_log"].append(r.outcome_event(outcome))
+    broken = sealed(doc)
+    assert codes(verified(broken, response=body)) == ["RECEIPT_OUTCOME"]
+    checks = verified(broken, response=body, allow_cut=True)
+    assert not checks.failed
+    assert [c.reason for c in checks if c.id == "receipt.outcome"] == [f"the stream was not completed: {outcome}"]
+    doc["event_log"][-1] = r.outcome_event("completed")
+    assert not verified(sealed(doc), response=body).failed
+
+
+def test_outcome_stands_once_and_in_its_shape() -> None:
+    _, raw = stream(EVENTS[:3])
+    for more in ([r.outcome_event("completed")] * 2, [{**r.outcome_event("completed"), "x": 1}], [r.outcome_event("")]):
+        doc = json.loads(raw)
+        doc["event_log"] += more
+        with pytest.raises(FormatError):
+            r.Receipt.parse(json.dumps(doc).encode())
