@@ -5,7 +5,7 @@ nobody: an unknown key, a wrong type, a number outside its bounds and a path tha
 line that names the field. The digest covers the very bytes that were parsed (one read, no second look at the file),
 so what a deployment statement allows is what runs.
 
-Every field is required but for those whose absence is itself a statement: `[access]`, a model's `golden` answers.
+Every field is required but for a model's `golden` answers outside the profile `h100-cc`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MAX_NAMES: Final = 16
 
 _HEX32: Final = re.compile(r"[0-9a-f]{64}")
 _WEIGHTS: Final = re.compile(r"sha256:[0-9a-f]{64}")
-_MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
+_MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 _LABEL: Final = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _DNS_NAME: Final = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 
@@ -101,7 +101,7 @@ class AccessSettings:
 class ModelSettings:
     """One model. `weights` is `sha256:<hex>`, the fileListDigest of the directory `path` (`enclave.weights`).
 
-    profile        which engine runs it: `h100-cc` (production), `cpu` (real vLLM without a GPU), `echo` (tests)
+    profile        which engine runs it: `h100-cc` (production), `cpu` (real vLLM without a GPU)
     golden         stored answers of the boot self-test; required under `h100-cc`
     max_model_len  tokens, prompt and answer together
     """
@@ -109,7 +109,7 @@ class ModelSettings:
     id: str
     path: Path
     weights: str
-    profile: Literal["cpu", "h100-cc", "echo"]
+    profile: Literal["cpu", "h100-cc"]
     golden: Path | None
     max_model_len: int
 
@@ -126,7 +126,7 @@ class Settings:
     appraisal: AppraisalSettings
     gpu: GpuSettings
     lifetime: int
-    access: AccessSettings | None
+    access: AccessSettings
     models: tuple[ModelSettings, ...]
     digest: bytes = field(default=b"")
 
@@ -277,12 +277,10 @@ def _listen(top: _Table) -> Listen:
         return Listen("tcp", host=host.removeprefix("[").removesuffix("]"), port=port)
     if kind == "vsock" and not host and 0 < port < 2**32 - 1:
         return Listen("vsock", port=port)
-    top.refuse("listen", "is not an address", expected="unix:PATH, tcp:HOST:PORT or vsock:PORT", actual=text)
+    return top.refuse("listen", "is not an address", expected="unix:PATH, tcp:HOST:PORT or vsock:PORT", actual=text)
 
 
-def _access(top: _Table) -> AccessSettings | None:
-    if "access" not in top.values:
-        return None
+def _access(top: _Table) -> AccessSettings:
     table = top.table("access")
     access = AccessSettings(table.sha256("api-key-sha256"))
     table.done()
@@ -305,10 +303,10 @@ def _models(top: _Table) -> tuple[ModelSettings, ...]:
 
 def _model(table: _Table) -> ModelSettings:
     model = ModelSettings(
-        id=table.text("id", _MODEL_ID, "letters, digits, . _ / -, at most 128"),
+        id=table.text("id", _MODEL_ID, "letters, digits, . _ / : -, at most 128"),
         path=table.path("path", "directory"),
         weights=table.text("weights", _WEIGHTS, "sha256: and 64 lower-case hex digits"),
-        profile=table.choice("profile", ("cpu", "h100-cc", "echo")),
+        profile=table.choice("profile", ("cpu", "h100-cc")),
         golden=table.path("golden", "file") if "golden" in table.values else None,
         max_model_len=table.integer("max-model-len", 16, 10_000_000),
     )

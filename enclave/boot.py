@@ -1,0 +1,489 @@
+"""The boot: numbered stages from a measured configuration to an open port. A failure names its stage and stops it.
+
+    1 configuration   read once; policy, statements and paths it names; the address is ours
+    2 hardening       no dumps, no injected code, nothing printed but what telemetry allows
+    3 gpu probe       the driver's word: confidential computing on, developer tools off, production, count
+    4 weights         every model directory has the digest that the configuration names
+    5 keys            born here
+    6 gpu evidence    over a nonce from the TLS key; the enclave's own verification; only then the ready state
+    7 rtmr3           release, configuration, weights, seal: nothing can be added unseen afterwards
+    8 quote           over claims that commit to all of it
+    9 certificate     verified by the enclave as a client would
+    10 engine         started, and its stored answers come out as measured
+    11 listen
+
+Runs in the enclave; owns the signals, the engines and the order of the end: refuse, drain, stop the engines, leave no
+child. Whatever fails after the boot ends the whole process: what cannot be verified is not degraded, it is off.
+
+Exit status: 0 stopped in order, 1 a stage failed, 2 the operator's own input cannot be used, 3 an engine or the
+server failed while serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import IO, Any, Final
+
+from attestation.attester import TeeAttester
+from attestation.attester.gpu import GpuAttester
+from attestation.attester.tdx import TdxAttester
+from attestation.errors import InputError, PolicyError, RefusedError, VouchsafeError
+from attestation.policy import Policy, Skip
+from attestation.tdx import append_records, rtmr3_items, rtmr_after
+from enclave import engine as engines
+from enclave import hardening, telemetry
+from enclave.access import KeyCheck
+from enclave.api.app import Gateway
+from enclave.api.attestation import Attestation
+from enclave.api.health import health_routes
+from enclave.channel import ChannelProver
+from enclave.clock import Clock
+from enclave.documents import read_statements
+from enclave.engine import Engine, processes
+from enclave.issuer import DRAIN, Draft, Issuer
+from enclave.keys import KeyRing
+from enclave.producer import Producer, Worker
+from enclave.receipts import ReceiptStore
+from enclave.server import EnclaveServer, address, bind, make_server
+from enclave.settings import ModelSettings, Settings
+from enclave.tls import Endpoint
+from enclave.weights import file_list_digest
+
+__all__ = ["STAGES", "Boot", "BootFailed", "Console", "run"]
+
+STAGES: Final = (
+    "configuration", "hardening", "gpu probe", "weights", "keys", "gpu evidence", "rtmr3", "quote", "certificate",
+    "engine", "listen",
+)  # fmt: skip
+MAX_POLICY: Final = 256 * 1024
+MAX_GOLDEN: Final = 1024 * 1024
+STOP_DRAIN: Final = 30
+"""Seconds that running answers get when the enclave is asked to stop."""
+CHILD_PATIENCE: Final = 10.0
+RTMR_INDEX: Final = 4  # of RTMR3 in event logs (CCEL: 1 to 4)
+EV_EVENT_TAG: Final = 6
+
+LoadEngine = Callable[[ModelSettings, Path], Engine]
+
+
+class BootFailed(Exception):
+    """A stage failed. `error` says why and what to do."""
+
+    def __init__(self, number: int, error: VouchsafeError) -> None:
+        self.number, self.error = number, error
+        super().__init__(f"boot stage {number} {STAGES[number - 1]}: {error}")
+
+
+class Console:
+    """Lines for whoever starts the enclave, on the stdout it was started with. Never content."""
+
+    def __init__(self, descriptor: int = 1) -> None:
+        self._descriptor = os.dup(descriptor)  # stdout itself is sealed at stage 2
+
+    def say(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # nobody reads: the boot goes on
+            os.write(self._descriptor, (" ".join(line.split()) + "\n").encode())
+
+
+class Boot:
+    """What has been made so far, and how it is taken down again. One per process."""
+
+    def __init__(self, config: Path, console: Console, load_engine: LoadEngine) -> None:
+        self._config, self._console, self._load_engine = config, console, load_engine
+        self._begun = time.monotonic()
+        self.clock = Clock()
+        self.serving = False
+        self.settings: Settings
+        self.policy: Policy
+        self.producer: Producer | None = None
+        self.issuer: Issuer
+        self.engines: dict[str, Engine] = {}
+        self.prover: ChannelProver | None = None
+        self.server: EnclaveServer | None = None
+        self.serve_task: asyncio.Task[None] | None = None
+        self.renew_task: asyncio.Task[None] | None = None
+        self._socket: socket.socket | None = None
+        self._lock: IO[str] | None = None
+        self._draft: Draft
+        self._release: bytes
+        self._files = Worker("weights")
+
+    def ready(self) -> bool:
+        """True after every stage, while the certificate is valid, the engines are healthy and nothing has to stop."""
+        return self.serving and self.issuer.valid and all(e.healthy for e in self.engines.values())
+
+    async def up(self) -> None:
+        """All stages. Raises `BootFailed`."""
+        steps: tuple[Callable[[], Awaitable[str]], ...] = (
+            self._configuration, self._hardening, self._gpu_probe, self._weights, self._keys, self._gpu_evidence,
+            self._rtmr3, self._quote, self._certificate, self._engine, self._listen,
+        )  # fmt: skip
+        for number, (name, step) in enumerate(zip(STAGES, steps, strict=True), 1):
+            begun = time.monotonic()
+            try:
+                detail = await step()
+            except VouchsafeError as err:
+                raise BootFailed(number, err) from err
+            except Exception as err:
+                fault = VouchsafeError("BOOT_INTERNAL", f"{type(err).__name__}: {' '.join(str(err).split())[:200]}")
+                raise BootFailed(number, fault) from err
+            seconds = time.monotonic() - begun
+            telemetry.event("boot.stage", number=number, stage=name.replace(" ", "-"), ms=round(seconds * 1000))
+            self._console.say(
+                f"boot {number}/{len(STAGES)} {name}: ok ({seconds:.1f} s){f' {detail}' if detail else ''}"
+            )
+        self.serving = True
+        telemetry.event(
+            "boot.ready", ms=round((time.monotonic() - self._begun) * 1000), development=self.policy.development
+        )
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    async def _configuration(self) -> str:
+        self.settings = settings = Settings.load(self._config)
+        self.policy = _policy(settings)
+        self._release = read_statements(settings.paths.statements).release
+        self._lock = _own(settings.paths.runtime)
+        self._socket = bind(settings.listen)
+        return f"sha256 {settings.digest.hex()[:16]}…{', DEVELOPMENT policy' if self.policy.development else ''}"
+
+    async def _hardening(self) -> str:
+        hardening.refuse_environment(os.environ)
+        hardening.apply()
+        telemetry.configure_libraries()
+        telemetry.seal()
+        measures = hardening.check()
+        failed = [m for m in measures if m.status == "fail"]
+        for measure in measures:
+            if measure.status != "skip":
+                telemetry.event("hardening", measure=measure.id, holds=measure.status == "pass")
+        hard = [m for m in failed if m.essential or not self.policy.development]
+        if hard:
+            raise RefusedError(
+                "BOOT_HARDENING", f"{hard[0].id} does not hold: {hard[0].reason}", hint=hard[0].hint or "see `check`"
+            )
+        return f"not held here: {', '.join(m.id for m in failed)}" if failed else ""
+
+    async def _gpu_probe(self) -> str:
+        paths, wanted = self.settings.paths, self.settings.gpu
+        tdx = TdxAttester(paths.tsm, paths.measurements, paths.acpi)
+        self.producer = Producer(tdx, GpuAttester() if wanted.count else None)
+        if not wanted.count:
+            return "none configured"
+        state = await self.producer.gpu_state()
+        seen = (state.count, state.switches, state.cc, state.production, state.dev_tools)
+        if seen != (wanted.count, wanted.switches, True, True, False):
+            raise RefusedError(
+                "BOOT_GPU_STATE",
+                "the GPUs are not what the configuration asks for",
+                expected=f"{wanted.count} GPUs, {wanted.switches} switches, CC on, production, developer tools off",
+                actual=f"{state.count} GPUs, {state.switches} switches, cc={state.cc}, production={state.production}, "
+                f"dev_tools={state.dev_tools}",
+                hint="nvidia-smi conf-compute -f shows the mode; correct [gpu] in the configuration for another count",
+            )
+        return f"{state.count} GPUs, {state.switches} switches, mode {state.mode}"
+
+    async def _weights(self) -> str:
+        for model in self.settings.models:
+            found = await self._files.run(lambda path=model.path: file_list_digest(path))  # type: ignore[misc]  # bound now
+            if found != model.weights:
+                raise RefusedError(
+                    "BOOT_WEIGHTS",
+                    f"the files of model {model.id} are not those of the configuration",
+                    expected=model.weights,
+                    actual=found,
+                    hint="restore the directory, or measure it anew and have the operator sign the new configuration",
+                )
+        return ", ".join(m.id for m in self.settings.models)
+
+    async def _keys(self) -> str:
+        assert self.producer is not None
+        self.issuer = Issuer(self.settings, self.policy, KeyRing(), self.producer, self.clock, say=self._console.say)
+        self.issuer.release_digest = self._release
+        return ""
+
+    async def _gpu_evidence(self) -> str:
+        self._draft = await self.issuer.prepare()
+        return "" if self._draft.gpu is not None else "none configured"
+
+    async def _rtmr3(self) -> str:
+        assert self.producer is not None
+        weights = [(m.id, m.weights) for m in self.settings.models]
+        items = rtmr3_items(self._release, self.settings.digest, weights)
+        self.issuer.event_log = await self.producer.tdx(lambda tdx: _seal(tdx, items))
+        return f"{len(items)} items"
+
+    async def _quote(self) -> str:
+        await self.issuer.quote(self._draft)
+        return ""
+
+    async def _certificate(self) -> str:
+        identity = self.issuer.certify(self._draft)
+        self.issuer.publish(identity)
+        del self._draft
+        self.renew_task = asyncio.create_task(self.issuer.renew_forever())
+        return f"{len(identity.leaf)} bytes, keyset {identity.keyset_digest[:23]}…"
+
+    async def _engine(self) -> str:
+        for index, model in enumerate(self.settings.models):
+            self._console.say(f"boot 10/{len(STAGES)} engine: starting {model.id} (profile {model.profile})")
+            golden = _golden(model.golden) if model.golden is not None else None
+            engine = self._load_engine(model, _private(self.settings.paths.runtime / f"engine-{index}"))
+            self.engines[model.id] = engine  # before its start: what has begun is stopped
+            await engine.start()
+            if golden is not None:
+                await engine.self_test(golden)
+        tested = sum(m.golden is not None for m in self.settings.models)
+        return f"{len(self.engines)} started, {tested} self-tested"
+
+    async def _listen(self) -> str:
+        assert self.producer is not None and self._socket is not None
+        self.prover = ChannelProver(self.producer)
+        evidence = Attestation(self.issuer.bundle, self.producer, self.prover)
+        app = Gateway(
+            engines=self.engines,
+            access=KeyCheck(self.settings.access.api_key_sha256.hex()),
+            receipts=ReceiptStore(),
+            public={**evidence.routes, **health_routes(self.ready)},
+            ready=self.ready,
+        )
+        endpoint = Endpoint(
+            lambda: self.issuer.current,
+            self.clock.now,
+            drain_s=DRAIN,
+            failed=lambda: telemetry.event("uncaught", error="application"),
+        )
+        self.server = make_server(app, endpoint, drain_s=STOP_DRAIN)
+        self.serve_task = asyncio.create_task(self.server.serve(sockets=[self._socket]))
+        while not self.server.started:
+            if self.serve_task.done():
+                await self.serve_task
+                raise RefusedError("BOOT_LISTEN", "the server ended before it listened")
+            await asyncio.sleep(0.01)
+        telemetry.event("listen", address=self.settings.listen.kind)
+        return str(self.address)
+
+    @property
+    def address(self) -> str:
+        assert self._socket is not None
+        return address(self.settings.listen, self._socket)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    async def failure(self) -> str:
+        """Returns, with the reason, when something fails while serving. Cancelled at an orderly stop."""
+        assert self.serve_task is not None and self.renew_task is not None
+        watched: dict[asyncio.Task[Any], str] = {
+            self.serve_task: "the server ended",
+            self.renew_task: "the renewal of certificates ended",
+        }
+        waits = {asyncio.create_task(e.wait_failed()): f"engine {id} failed" for id, e in self.engines.items()}
+        try:
+            done, _ = await asyncio.wait({*watched, *waits}, return_when=asyncio.FIRST_COMPLETED)
+            first = next(iter(done))
+            return {**watched, **waits}[first]
+        finally:
+            for task in waits:
+                task.cancel()
+            await asyncio.gather(*waits, return_exceptions=True)
+
+    async def down(self) -> int:
+        """Take down whatever is up: refuse, drain, stop. Returns how many children had to be killed."""
+        self.serving = False
+        if self.server is not None and self.serve_task is not None:
+            self.server.should_exit = True
+            await asyncio.gather(self.serve_task, return_exceptions=True)
+        if self.renew_task is not None:
+            self.renew_task.cancel()
+            await asyncio.gather(self.renew_task, return_exceptions=True)
+        if self.prover is not None:
+            await self.prover.close()
+        for engine in self.engines.values():
+            with contextlib.suppress(Exception, TimeoutError):  # its children are ended below in any case
+                await asyncio.wait_for(engine.stop(), 60)
+        if self.producer is not None:
+            self.producer.close()
+        if self._socket is not None:
+            self._socket.close()
+            if self.settings.listen.kind == "unix":
+                self.settings.listen.path.unlink(missing_ok=True)
+        killed = await processes.end(processes.descendants(), patience=CHILD_PATIENCE)
+        if self._lock is not None:
+            self._lock.close()
+        return killed
+
+
+async def serve(config: Path, console: Console, load_engine: LoadEngine) -> int:
+    """Boot, serve until a signal or a failure, take down. Returns the exit status."""
+    boot = Boot(config, console, load_engine)
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def asked() -> None:
+        if stop.is_set() and boot.server is not None:
+            boot.server.force_exit = True  # asked twice: do not wait for answers
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked)
+    stopping = asyncio.create_task(stop.wait())
+    status, begun, reason = 0, time.monotonic(), "signal"
+    try:
+        up = asyncio.create_task(boot.up())
+        await asyncio.wait({up, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not up.done():
+            up.cancel()
+            await asyncio.gather(up, return_exceptions=True)
+            console.say("enclave: asked to stop during the boot")
+            return 0
+        await up
+        if boot.policy.development:
+            console.say(
+                "enclave: DEVELOPMENT policy: its roots are not Intel's and NVIDIA's, nothing rests on hardware"
+            )
+        console.say(f"enclave: ready on {boot.address}")
+        failing = asyncio.create_task(boot.failure())
+        await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        begun = time.monotonic()
+        if stop.is_set():
+            console.say(f"enclave: stopping; running answers get {STOP_DRAIN} s")
+        else:
+            reason = await failing
+            console.say(f"enclave: {reason}: stopping")
+            status = 3
+        failing.cancel()
+        await asyncio.gather(failing, return_exceptions=True)
+    except BootFailed as failed:
+        status, reason = _report(failed, console), "boot"
+    finally:
+        stopping.cancel()
+        killed = await boot.down()
+        telemetry.event("stop", reason=reason.split(" ")[0], ms=round((time.monotonic() - begun) * 1000))
+        console.say(f"enclave: stopped{f', {killed} children had to be killed' if killed else ''}")
+        telemetry.unseal()
+    return status
+
+
+def run(config: Path, *, load_engine: LoadEngine = engines.load) -> int:
+    """`vouchsafe-enclave serve`: everything, on an event loop of its own."""
+    console = Console()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        return runner.run(serve(config, console, load_engine))
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+def _report(failed: BootFailed, console: Console) -> int:
+    error = failed.error
+    telemetry.event(
+        "boot.failed", number=failed.number, stage=STAGES[failed.number - 1].replace(" ", "-"), code=error.code
+    )
+    console.say(f"boot {failed.number}/{len(STAGES)} {STAGES[failed.number - 1]}: FAILED: {error}")
+    if error.hint:
+        console.say(f"  hint: {error.hint}")
+    return 2 if isinstance(error, InputError | PolicyError) else 1
+
+
+def _policy(settings: Settings) -> Policy:
+    """The appraisal policy, whose bytes the configuration pins."""
+    with settings.appraisal.policy.open("rb") as file:
+        raw = file.read(MAX_POLICY + 1)
+    digest = hashlib.sha256(raw).digest()
+    if digest != settings.appraisal.sha256:
+        raise InputError(
+            "INPUT_APPRAISAL",
+            f"the appraisal policy {settings.appraisal.policy} is not the one the configuration pins",
+            expected=settings.appraisal.sha256,
+            actual=digest,
+            hint="restore the file, or measure the new one into the configuration",
+        )
+    try:
+        policy = Policy.parse(raw.decode("utf-8"))
+    except UnicodeDecodeError as err:
+        raise InputError("INPUT_APPRAISAL", "the appraisal policy is not UTF-8") from err
+    if (settings.gpu.count > 0) == isinstance(policy.gpu, Skip):
+        raise InputError(
+            "INPUT_APPRAISAL",
+            "configuration and appraisal policy disagree about the GPU",
+            expected="a [gpu] table exactly when [gpu] count is above 0",
+            actual=f"count {settings.gpu.count}",
+        )
+    return policy
+
+
+def _own(runtime: Path) -> IO[str]:
+    """The runtime directory, private and ours alone while the lock is held."""
+    lock = (_private(runtime) / "lock").open("w", encoding="ascii")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as err:
+        lock.close()
+        raise InputError(
+            "INPUT_RUNTIME_BUSY", f"another enclave runs in {runtime}", hint="stop it, or configure another `runtime`"
+        ) from err
+    return lock
+
+
+def _private(folder: Path) -> Path:
+    """*folder*, made when absent, with mode 0700 and our owner: sockets that carry plaintext lie in it."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as err:
+        raise InputError("INPUT_RUNTIME", f"cannot make {folder}: {err.strerror}") from err
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise InputError(
+            "INPUT_RUNTIME", f"{folder} is open to others", expected="mode 0700, our owner", hint=f"chmod 700 {folder}"
+        )
+    return folder
+
+
+def _golden(path: Path) -> list[dict[str, Any]]:  # Any: JSON values, checked by the self-test
+    with path.open("rb") as file:
+        raw = file.read(MAX_GOLDEN + 1)
+    try:
+        golden = json.loads(raw) if len(raw) <= MAX_GOLDEN else None
+    except ValueError:
+        golden = None
+    if not isinstance(golden, list) or not all(isinstance(g, dict) for g in golden):
+        raise InputError(
+            "INPUT_GOLDEN", f"{path} holds no golden answers", expected="a JSON list of objects, at most 1 MiB"
+        )
+    return golden
+
+
+def _seal(tdx: TeeAttester, items: list[bytes]) -> bytes:
+    """Extend RTMR3 by *items* and return the closed event log. RTMR3 must be untouched: its value follows from the
+    items alone, and a verifier computes it."""
+    if (value := tdx.read_rtmr(3)) != bytes(48):
+        raise RefusedError(
+            "BOOT_RTMR3",
+            "RTMR3 is not zero: something was measured into it since the machine started",
+            expected=bytes(48),
+            actual=value,
+            hint="an enclave boots once per boot of its machine: restart the TD (or the development TEE)",
+        )
+    digests = [hashlib.sha384(item).digest() for item in items]
+    for digest in digests:
+        tdx.extend_rtmr3(digest)
+    if (value := tdx.read_rtmr(3)) != rtmr_after(items):
+        raise RefusedError("BOOT_RTMR3", "RTMR3 holds something else", expected=rtmr_after(items), actual=value)
+    records = [(RTMR_INDEX, EV_EVENT_TAG, digest, item) for digest, item in zip(digests, items, strict=True)]
+    return append_records(tdx.event_log(), records)
