@@ -1,0 +1,97 @@
+"""Everything that `make demo` starts, as one thing that starts and stops: development TEE, enclave, relay, tap.
+
+Each is a process of its own, as in production. The demo and the end-to-end tests use the same class.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.demo.provision import Provisioned, provision
+
+from tests.demo.processes import PYTHON, ROOT, Failed, Process
+
+NAME = "demo.vouchsafe.test"
+PARROT = ROOT / "tests/model/parrot"
+GOLDEN = ROOT / "tests/model/golden.json"
+ENCLAVE_SECONDS = 300.0
+
+
+@dataclass
+class Stack:
+    """The running service. `relay_port` is where clients go; `folder` holds what this run made."""
+
+    folder: Path
+    provisioned: Provisioned
+    devtee: Process
+    enclave: Process
+    relay: Process
+    relay_port: int
+    model_id: str
+
+    @property
+    def target(self) -> str:
+        return f"https://{NAME}:{self.relay_port}"
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        return self.relay, self.enclave, self.devtee
+
+
+@contextlib.contextmanager
+def running(
+    *,
+    model: Path | None = None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[Stack]:
+    """Start the stack, yield it, and leave nothing behind: no process, no file, whatever happened in between."""
+    model_id = "parrot" if model is None else model.resolve().name
+    # A short path: unix sockets have at most 107 bytes of name.
+    folder = Path(tempfile.mkdtemp(prefix="vouchsafe-"))
+    started: list[Process] = []
+
+    def start(name: str, *command: str, env: dict[str, str] | None = None) -> Process:
+        process = Process(name, command, env=env, tell=lambda line: tell(f"{name}: {line}"))
+        started.append(process)
+        return process
+
+    try:
+        tee = folder / "tee"
+        devtee = start("development TEE", PYTHON, "-m", "tests.devtee", "--state", str(tee), "--gpus", "1")
+        devtee.wait_for("devtee: ready", seconds=60, hint="is a C compiler there? `make system` installs one")
+        socket = folder / "run" / "enclave.sock"
+        socket.parent.mkdir(mode=0o700)
+        made = provision(
+            folder / "made",
+            tee,
+            model or PARROT,
+            GOLDEN if model is None else None,
+            model_id,
+            f"unix:{socket}",
+            NAME,
+        )
+        enclave = start(
+            "enclave", PYTHON, "-m", "enclave.cli", "serve", "--config", str(made.config),
+            env={"LD_LIBRARY_PATH": str(tee / "lib")},
+        )  # fmt: skip
+        enclave.wait_for(
+            "enclave: ready", seconds=ENCLAVE_SECONDS, hint="the line above names the boot stage and what to do"
+        )
+        relay = start(
+            "relay", PYTHON, "-m", "host.cli", "relay", "--listen", "tcp:127.0.0.1:0",
+            "--route", f"{NAME}=unix:{socket}",
+        )  # fmt: skip
+        line = relay.wait_for("listening on", seconds=20, hint="is the loopback device up?")
+        yield Stack(folder, made, devtee, enclave, relay, int(line.rpartition(":")[2]), model_id)
+    finally:
+        for process in reversed(started):
+            process.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+        left = [pid for process in started for pid in process.group()]
+        if left:
+            raise Failed("clean-up", f"processes {left} are still there", f"kill {' '.join(map(str, left))}")
