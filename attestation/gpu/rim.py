@@ -127,6 +127,8 @@ def compare(report: Report, rim: Rim, version: str) -> int:
     if report.nvdec0 == OFF:
         # NVIDIA's rule: with the video decoder off its firmware is not loaded, so there is nothing to measure.
         golden.pop(_NVDEC0_INDEX, None)
+    if not golden:
+        raise RefusedError("GPU_RIM_EMPTY", "the RIM has nothing to compare with")
     wrong = sorted(i for i, allowed in golden.items() if report.measurements.get(i) not in allowed)
     if wrong:
         raise RefusedError(
