@@ -361,6 +361,10 @@ class AttestedProtocol(asyncio.Protocol):
         async def watched(message: Any) -> None:  # Any: ASGI
             nonlocal started
             started = started or message["type"] == "http.response.start"
+            if self.closing:
+                # uvicorn drops it without waiting: an application that does not look for the disconnect would
+                # otherwise never give the loop back.
+                await asyncio.sleep(0)
             await send(message)
 
         try:
