@@ -162,7 +162,7 @@ def _one_query(scope: Scope, name: str, pattern: re.Pattern[str]) -> str | None:
         raise _bad("the query cannot be read") from None
     if len(pairs) != 1 or pairs[0][0] != name or pattern.fullmatch(pairs[0][1]) is None:
         raise _bad(f"the query takes {name}={pattern.pattern} and nothing else" if name else "no query is expected")
-    return pairs[0][1]
+    return str(pairs[0][1])
 
 
 def _nonce(text: object) -> bytes:
@@ -186,7 +186,7 @@ async def _body(receive: Receive) -> bytes:
                 message = await receive()
                 if message["type"] != "http.request":
                     raise _bad("the request ended early")
-                body += message.get("body", b"")
+                body += bytes(message.get("body", b""))
                 if len(body) > MAX_BODY:
                     raise Refused(Refusal(413, "The request body is too large.", code="request_too_large"))
                 if not message.get("more_body", False):

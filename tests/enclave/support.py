@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import os
 import socket
 import threading
 import time
@@ -134,8 +133,8 @@ class Client:
     """A blocking TLS client over a UNIX socket."""
 
     def __init__(
-        self, path: Path, *, context: SSL.Context | None = None, name: str | None = NAME, alpn: list[bytes] | None = None,
-        session: Any = None, handshake: bool = True,
+        self, path: Path, *, context: SSL.Context | None = None, name: str | None = NAME,
+        alpn: list[bytes] | None = None, session: Any = None, handshake: bool = True,
     ) -> None:  # fmt: skip
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.connect(str(path))
@@ -206,7 +205,7 @@ async def plain(send: Any, status: int, body: bytes) -> None:
 
 
 def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 __all__ = [

@@ -82,7 +82,7 @@ def test_tls_1_2_is_refused(served: Served) -> None:
 
 
 def test_no_session_resumes(served: Served) -> None:
-    """A resumed session would show the certificate of an older connection. Tickets are still sent: they open nothing."""
+    """A resumed session would show the certificate of an older connection. Tickets are sent, and open nothing."""
     stdlib = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     stdlib.check_hostname, stdlib.verify_mode = False, ssl.CERT_NONE
     session: ssl.SSLSession | None = None
@@ -168,15 +168,15 @@ def test_running_answer_ends_with_the_drain_after_the_leafs_end(tmp_path: Path) 
             pass
 
     limits = TlsLimits(watch_s=0.05)
-    with serving(forever, tmp_path, lambda: identity, now=lambda: now[0], limits=limits, leaf_drain_s=5) as running:
-        with Client(running.path) as client:
-            client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
-            client.tls.recv(1000)
-            now[0] = identity.not_after + 4
-            time.sleep(0.2)
-            assert running.endpoint.open
-            now[0] = identity.not_after + 5
-            assert client.read_all()[1] == "cut"
+    running = serving(forever, tmp_path, lambda: identity, now=lambda: now[0], limits=limits, leaf_drain_s=5)
+    with running as served, Client(served.path) as client:
+        client.send(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        client.tls.recv(1000)
+        now[0] = identity.not_after + 4
+        time.sleep(0.2)
+        assert served.endpoint.open
+        now[0] = identity.not_after + 5
+        assert client.read_all()[1] == "cut"
 
 
 def test_a_stream_arrives_event_by_event_and_a_large_answer_whole(tmp_path: Path, identity: Identity) -> None:
