@@ -129,10 +129,6 @@ class LibraryHandler(logging.Handler):
         level, name = record.levelname, record.name
         event("library", logger=name or "root", level=level, line=record.lineno, error=error, at=at)
 
-    def handleError(self, record: logging.LogRecord) -> None:
-        # The stock method prints the record, arguments included.
-        dropped["line"] += 1
-
 
 def library_config(factory: str = "enclave.telemetry.LibraryHandler") -> dict[str, Any]:  # Any: dictConfig's shape
     """A `logging.config` mapping that sends warnings and errors of every library to *factory* and nothing elsewhere."""

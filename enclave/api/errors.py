@@ -81,8 +81,6 @@ NO_RECEIPT: Final = Refusal(404, "No such receipt.", "not_found", "not_found")
 def engine_refusal(status: int, body: bytes) -> Refusal:
     """Our form of an engine's error answer. Its words are kept for 4xx only, where they are about the caller's own
     input; a 5xx gets a sentence of ours, because the engine's may quote an exception."""
-    if status >= 500 and status not in (501, 503):
-        return INTERNAL
     if status == 503:
         return UNAVAILABLE
     error = _error(body)
@@ -92,7 +90,7 @@ def engine_refusal(status: int, body: bytes) -> Refusal:
     name = param.removeprefix("body.") if isinstance(param, str) else None
     if status == 501:
         return Refusal(400, "The engine does not support this request.", code="unsupported_parameter", param=name)
-    if status not in (400, 413, 422):  # 401, 404 and the like: the engine sees only requests it must know
+    if status not in (400, 413, 422):  # 5xx; or 401, 404 and the like: the engine sees only requests it must know
         return INTERNAL
     too_long = "context length" in text or "max_model_len" in text
     return Refusal(400, text, code="context_length_exceeded" if too_long else "invalid_value", param=name)

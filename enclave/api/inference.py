@@ -209,7 +209,7 @@ class _Call:
                     # The engine heard it too, through `_receive`, and gets a moment to abort by itself.
                     await asyncio.wait({call}, timeout=GRACE_SECONDS)
                     return None
-                if steps == self._steps:
+                if not done and steps == self._steps:
                     return errors.UNAVAILABLE
         finally:
             for task in waiting:
@@ -256,19 +256,20 @@ class _Call:
                     kind = (b"content-type", _SSE + b"; charset=utf-8")
                     await self._x.start(200, [kind, (b"x-accel-buffering", b"no")])
                 more = not self._out.done
-                tail = b"" if more else self._finish_stream("completed")
-                await self._x.write(event + tail, more=more)
+                if not more:
+                    raw = self._finish_stream("completed")
+                    event += inline_comment(raw) if self._inline else b""
+                await self._x.write(event, more=more)
             except TimeoutError:
                 self._gone.set()
             if self._gone.is_set():
                 return
 
     def _finish_stream(self, outcome: str) -> bytes:
-        """(5) Sign and store. Returns what to append in band: the receipt, if asked for and the stream is whole."""
+        """(5) Sign and store. Returns the receipt."""
         self._x.outcome = outcome
         self._x.events = self._out.chain.events
-        raw = self._record.finish(self._out.body_hash, chat_id=self._out.chat_id, stream=self._out)
-        return inline_comment(raw) if self._inline and outcome == "completed" else b""
+        return self._record.finish(self._out.body_hash, chat_id=self._out.chat_id, stream=self._out)
 
     async def _end(self, fault: Refusal | None) -> None:
         """Whatever the engine has not ended by itself."""

@@ -117,8 +117,9 @@ class Admitted:
 def parse(body: bytes) -> dict[str, Any]:  # Any: JSON values
     """One JSON object: UTF-8, no duplicate member, no NaN, no lone surrogate, bounded depth. Raises Refused 400."""
     try:
-        document = json.loads(body.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        # What can not be written back as UTF-8 JSON would reach the engine as something else than was sent.
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=_unique)
+        # What can not be written back as UTF-8 JSON (NaN, infinity, lone surrogates) would reach the engine as
+        # something else than was sent.
         json.dumps(document, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except (ValueError, RecursionError):
         raise Refused(NOT_JSON) from None
@@ -273,10 +274,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
     if len(made) != len(pairs):
         raise ValueError("a member stands twice")
     return made
-
-
-def _no_constant(_: str) -> NoReturn:
-    raise ValueError("not a JSON number")
 
 
 def _depth(document: object) -> int:

@@ -240,7 +240,7 @@ def _dumps(doc: dict[str, Any]) -> bytes:
         pytest.param(b"\xff", id="not-utf8"),
         pytest.param(b"[]", id="not-an-object"),
         pytest.param(b"[" * 100_000, id="deep"),
-        pytest.param(b" " * (r.MAX_RECEIPT + 1), id="oversized"),
+        pytest.param(sealed(document()).ljust(r.MAX_RECEIPT + 1), id="oversized"),
     ],
 )
 def test_ambiguous_or_oversized_json_is_refused(raw: bytes) -> None:
@@ -409,6 +409,13 @@ def test_any_chunking_gives_the_same_events(pieces: list[bytes], sizes: list[int
     assert chunked.rest == whole.rest
     assert b"".join(events) + chunked.rest == body
     assert all(e.endswith((b"\n\n", b"\n\r\n")) for e in events)
+
+
+def test_events_end_with_a_blank_line_of_either_kind() -> None:
+    body = b"a\n\nb\r\n\r\nc\n\r\nd\re\r\rf\n\n\n\ng"
+    cutter = SseCutter(limit=1 << 10)
+    assert list(cutter.feed(body)) == [b"a\n\n", b"b\r\n\r\n", b"c\n\r\n", b"d\re\r\rf\n\n", b"\n\n"]
+    assert cutter.rest == b"g"
 
 
 @pytest.mark.parametrize("chunk", [b"x" * 33, b"data: " + b"x" * 30 + b"\n\n"])

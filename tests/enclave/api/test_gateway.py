@@ -478,6 +478,7 @@ async def test_engine_that_dies_in_mid_stream_is_an_error_and_a_cut(caller: Call
     after = await caller.chat()
     assert (after.status, after.error["code"]) == (503, "engine_unavailable")
     assert after.headers["x-should-retry"] == "false"
+    assert len(engine.calls) == 1
 
 
 async def test_engine_that_falls_silent_is_given_up(
