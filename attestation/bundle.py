@@ -34,6 +34,7 @@ class Bundle:
     endorsements: Endorsements
 
     def encode(self) -> bytes:
+        """The file. Raises `FORMAT_BUNDLE` for one that `decode` would refuse."""
         e, n = self.evidence, self.endorsements
         body: dict[str, Any] = {  # Any: CBOR values
             "leaf": e.leaf,
@@ -46,7 +47,10 @@ class Bundle:
             "deployment": e.deployment,
             "status": e.status,
         }
-        return cbor.encode({**body, "sha256": hashlib.sha256(cbor.encode(body)).digest()})
+        raw = cbor.encode({**body, "sha256": hashlib.sha256(cbor.encode(body)).digest()})
+        if len(raw) > MAX_BUNDLE or len(n.rims) > MAX_NAMED or len(n.ocsp) > MAX_NAMED:
+            raise FormatError("FORMAT_BUNDLE", "too long", expected=f"at most {MAX_BUNDLE} bytes", actual=len(raw))
+        return raw
 
     @classmethod
     def decode(cls, raw: bytes) -> Bundle:

@@ -9,24 +9,30 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
-from attestation.binding import MAX_PATH, Side
+from attestation.binding import EXPORTER_SIZE, MAX_PATH, Side
 from attestation.errors import FormatError
+from attestation.strict_json import load
 
 __all__ = ["CHANNEL_PATH", "EVIDENCE_PATH", "MAX_ANSWER", "ChannelProof", "channel_request"]
 
 CHANNEL_PATH: Final = "/.well-known/vouchsafe/channel"
 EVIDENCE_PATH: Final = "/.well-known/vouchsafe/evidence"
 MAX_ANSWER: Final = 512 * 1024
+NONCE_SIZE: Final = 32
+NODE_SIZE: Final = 64
 
 Binding = Literal["exporter", "key"]
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelProof:
-    """nonce    32 bytes that this client drew for this connection
+    """Sizes and sides are checked when one is made (`FORMAT_CHANNEL`), so the formulas can take what it holds.
+
+    nonce    32 bytes that this client drew for this connection
     exporter  32 bytes of this client's own TLS exporter, None for binding `key`
     quote     the connection's quote;  path   Merkle siblings, lowest first
     gpu       fresh GPU evidence as carried, or None
@@ -39,21 +45,29 @@ class ChannelProof:
     gpu: bytes | None
     binding: Binding
 
+    def __post_init__(self) -> None:
+        if len(self.nonce) != NONCE_SIZE:
+            _bad("nonce", f"{NONCE_SIZE} bytes", len(self.nonce))
+        if self.binding not in ("exporter", "key"):
+            _bad("binding", "exporter or key", self.binding)
+        if (self.binding == "exporter") != (self.exporter is not None):
+            _bad("binding", "an exporter exactly for the binding exporter", self.binding)
+        if self.exporter is not None and len(self.exporter) != EXPORTER_SIZE:
+            _bad("exporter", f"{EXPORTER_SIZE} bytes", len(self.exporter))
+        if len(self.path) > MAX_PATH:
+            _bad("path", f"at most {MAX_PATH} steps", len(self.path))
+        if any(side not in ("left", "right") or len(sibling) != NODE_SIZE for side, sibling in self.path):
+            _bad("path", f"left or right, and {NODE_SIZE} bytes", "another form")
+
     @classmethod
     def from_answer(cls, answer: bytes, *, nonce: bytes, exporter: bytes | None) -> ChannelProof:
         """Read the server's JSON. `FORMAT_CHANNEL`. Nonce and exporter are the client's own, never the peer's."""
-        if len(answer) > MAX_ANSWER:
-            _bad("too long", f"at most {MAX_ANSWER} bytes", len(answer))
-        try:
-            top = json.loads(answer)
-        except (ValueError, RecursionError):
-            _bad("not JSON", "", "")
-        if not isinstance(top, dict) or top.keys() != {"quote", "path", "gpu", "binding"}:
+        top = _load(answer)
+        if top.keys() != {"quote", "path", "gpu", "binding"}:
             _bad("members", "quote, path, gpu, binding", "others")
-        if top["binding"] not in ("exporter", "key"):
-            _bad("binding", "exporter or key", top["binding"])
-        if (top["binding"] == "exporter") != (exporter is not None):
-            _bad("binding", "the one that was asked for", top["binding"])
+        bound = top["binding"]
+        if bound != "exporter" and bound != "key":
+            _bad("binding", "exporter or key", type(bound).__name__)
         path = top["path"]
         if not isinstance(path, list) or len(path) > MAX_PATH:
             _bad("path", f"a list of at most {MAX_PATH}", "another form")
@@ -63,7 +77,7 @@ class ChannelProof:
             quote=_base64(top["quote"], "quote"),
             path=tuple(_step(step) for step in path),
             gpu=None if top["gpu"] is None else _base64(top["gpu"], "gpu"),
-            binding=top["binding"],
+            binding=bound,
         )
 
 
@@ -73,22 +87,31 @@ def channel_request(nonce: bytes, *, gpu: bool, binding: Binding) -> bytes:
     return json.dumps({"nonce": text, "gpu": gpu, "binding": binding}, separators=(",", ":")).encode()
 
 
+def _load(answer: bytes) -> Mapping[str, Any]:  # Any: JSON values, each checked where it is read
+    try:
+        return load(answer, MAX_ANSWER, "answer")
+    except FormatError as err:
+        raise FormatError(
+            "FORMAT_CHANNEL", f"channel proof: {err.reason}", expected=err.expected, actual=err.actual
+        ) from None
+
+
 def _step(step: object) -> tuple[Side, bytes]:
     if not isinstance(step, dict) or step.keys() != {"side", "hash"} or step["side"] not in ("left", "right"):
         _bad("path", "{side, hash}", "another form")
-    sibling = _base64(step["hash"], "hash")
-    if len(sibling) != 64:
-        _bad("hash", "64 bytes", len(sibling))
-    return step["side"], sibling
+    return step["side"], _base64(step["hash"], "hash")
 
 
 def _base64(text: object, what: str) -> bytes:
     if not isinstance(text, str):
         _bad(what, "base64 text", type(text).__name__)
     try:
-        return base64.b64decode(text, validate=True)
+        raw = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        _bad(what, "base64 with padding", "another form")
+        raw = b""
+    if base64.b64encode(raw).decode() != text:
+        _bad(what, "base64 with padding, in its one spelling", "another form")
+    return raw
 
 
 def _bad(what: str, expected: object, actual: object) -> NoReturn:

@@ -29,9 +29,11 @@ _LABEL: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _WEIGHTS: Final = re.compile(r"(?:verity-)?sha256:[0-9a-f]{64}")
 _MODEL_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,127}")
 _KEYS: Final = frozenset(
-    ("pubkey-hash", "profile", "not-before", "not-after", "dns-names", "boot-id", "release", "deployment", "config")
-    + ("event-log", "gpu", "gpu-nonce", "gpu-state", "keyset", "role", "models")
-)
+    {
+        "pubkey-hash", "profile", "not-before", "not-after", "dns-names", "boot-id", "release", "deployment",
+        "config", "event-log", "gpu", "gpu-nonce", "gpu-state", "keyset", "role", "models",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,15 +81,20 @@ class DeploymentStatement:
     @classmethod
     def _parse(cls, t: dict[str, Any]) -> DeploymentStatement:  # Any: JSON values, each checked
         needed = frozenset(
-            ("version", "operator", "serial", "notBefore", "notAfter", "dnsNames", "roles")
-            + ("configs", "releases", "salt", "platforms")
-        )
+            {
+                "version", "operator", "serial", "notBefore", "notAfter", "dnsNames", "roles", "configs", "releases",
+                "salt", "platforms",
+            }
+        )  # fmt: skip
         exact(t, needed, needed | {"gpus"}, "deployment statement")
-        if t["version"] != 1:
+        if t["version"] is True or t["version"] != 1:
             raise FormatError("FORMAT_DEPLOYMENT", "version", expected=1, actual=t["version"])
         start, end = count(t["notBefore"], "notBefore"), count(t["notAfter"], "notAfter")
         if not 0 < end - start <= MAX_STATEMENT_LIFETIME:
             raise FormatError("FORMAT_DEPLOYMENT", "lifetime", expected="at most 7 days", actual=f"{end - start} s")
+        operator = short(t["operator"], "operator")
+        if operator is None:
+            raise FormatError("FORMAT_DEPLOYMENT", "operator", expected="a name", actual="null")
         roles = frozenset(map(str, listed(t["roles"], "roles")))
         if not roles or not roles <= {"both", "model", "gateway"}:
             raise FormatError("FORMAT_DEPLOYMENT", "roles", expected="both, model, gateway", actual=sorted(roles))
@@ -97,7 +102,7 @@ class DeploymentStatement:
         if not names:
             raise FormatError("FORMAT_DEPLOYMENT", "dnsNames", expected="at least one name", actual="none")
         return cls(
-            operator=short(t["operator"], "operator") or "",
+            operator=operator,
             serial=count(t["serial"], "serial"),
             not_before=start,
             not_after=end,
@@ -139,7 +144,7 @@ class StatusList:
             names = frozenset({"version", "serial", "issuedAt", "nextUpdate", *lists})
             exact(t, names, names, "status list")
             issued, update = count(t["issuedAt"], "issuedAt"), count(t["nextUpdate"], "nextUpdate")
-            if t["version"] != 1 or not 0 < update - issued <= MAX_STATUS_LIFETIME:
+            if t["version"] is True or t["version"] != 1 or not 0 < update - issued <= MAX_STATUS_LIFETIME:
                 raise FormatError(
                     "FORMAT_STATUS", "window", expected="version 1, at most 1 h", actual=f"{update - issued} s"
                 )
@@ -202,7 +207,10 @@ def new_status_list(
     statements: Sequence[bytes] = (),
     keys: Sequence[bytes] = (),
 ) -> bytes:
-    """Payload (JCS) of a status list. *platforms* and *gpus* are salted already, with the statement's salt."""
+    """Payload (JCS) of a status list. *platforms* and *gpus* are salted already, with the statement's salt.
+
+    While several statements are in force, each has a salt of its own: list a platform once per statement, or deny the
+    older statements too. *keys* are public keys or their SHA-256."""
     denied = {
         "releases": releases,
         "configs": configs,

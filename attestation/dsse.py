@@ -22,10 +22,25 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from attestation.errors import FormatError
 from attestation.strict_json import exact, listed, load
 
-__all__ = ["MAX_ENVELOPE", "Envelope", "key_id", "public_bytes", "sign"]
+__all__ = ["MAX_ENVELOPE", "Envelope", "key_id", "public_bytes", "sign", "small_order"]
 
 MAX_ENVELOPE: Final = 512 * 1024
 MAX_SIGNATURES: Final = 32
+SIGNATURE_SIZE: Final = 64
+
+_SMALL_ORDER: Final = frozenset(
+    int(y, 16)
+    for y in (
+        "0",
+        "1",
+        "7fffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffec",
+        "7fffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffed",
+        "7fffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffee",
+        "05fc536d880238b13933c6d305acdfd5f098eff289f4c345b027b2c28f95e826",
+        "7a03ac9277fdc74ec6cc392cfa53202a0f67100d760b3cba4fd84d3d706a17c7",
+    )
+)
+"""y coordinates (RFC 8032 §5.1.2, non-canonical ones included) of the eight points whose order divides 8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +64,15 @@ class Envelope:
             names = frozenset({"payloadType", "payload", "signatures"})
             exact(top, names, names, "DSSE envelope")
             payload_type, payload = top["payloadType"], top["payload"]
-            if not isinstance(payload_type, str) or not isinstance(payload, str):
-                raise FormatError("FORMAT_DSSE", "payloadType and payload are text")
+            if not isinstance(payload_type, str):
+                raise FormatError("FORMAT_DSSE", "payloadType is text")
             signatures = []
             for entry in listed(top["signatures"], "signatures", limit=MAX_SIGNATURES):
                 exact(entry, frozenset({"sig"}), frozenset({"keyid", "sig"}), "signatures")
-                signatures.append(_base64(entry["sig"]))
+                signature = _base64(entry["sig"])
+                if not isinstance(entry.get("keyid", ""), str) or len(signature) != SIGNATURE_SIZE:
+                    raise FormatError("FORMAT_DSSE", "a signature is {keyid?: text, sig: base64 of 64 bytes}")
+                signatures.append(signature)
             return cls(payload_type, _base64(payload), tuple(signatures))
         except FormatError as err:
             raise FormatError("FORMAT_DSSE", err.reason, expected=err.expected, actual=err.actual) from None
@@ -87,6 +105,13 @@ def key_id(public: bytes) -> str:
 def public_bytes(key: Ed25519PrivateKey) -> bytes:
     """The 32-byte public key, as policies pin it."""
     return key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+
+
+def small_order(public: bytes) -> bool:
+    """Whether *public* is a point under which anybody can sign anything: 32 zero bytes, a likely placeholder, are one.
+
+    OpenSSL verifies under such keys (RFC 8032 lets it), so whoever pins keys must not take them."""
+    return int.from_bytes(public, "little") & ((1 << 255) - 1) in _SMALL_ORDER
 
 
 def _pae(payload_type: str, payload: bytes) -> bytes:

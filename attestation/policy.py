@@ -19,7 +19,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, NoReturn, TypeVar
 
+from cryptography import x509
+
 from attestation import roots as built_in
+from attestation.dsse import small_order
 from attestation.errors import PolicyError
 
 __all__ = [
@@ -277,13 +280,19 @@ class _Table:
     def rule(self, key: str, read: Callable[[str], T]) -> T | Skip:
         """A field that may be `{ any = "why" }`."""
         value = self._values.get(key)
-        if isinstance(value, dict):
-            self._seen.add(key)
-            why = value.get("any")
-            if set(value) != {"any"} or not isinstance(why, str) or len(why.strip()) < 8:
-                self.bad(key, '{ any = "a reason of at least eight characters" }', f"{value!r}")
-            return Skip(why.strip())
-        return read(key)
+        return self._skip(key, value) if isinstance(value, dict) else read(key)
+
+    def section(self, key: str, read: Callable[[_Table], T]) -> T | Skip:
+        """A table that may be `{ any = "why" }` instead."""
+        value = self._values.get(key)
+        return self._skip(key, value) if isinstance(value, dict) and "any" in value else read(self.table(key))
+
+    def _skip(self, key: str, value: Mapping[str, Any]) -> Skip:  # Any: TOML values
+        self._seen.add(key)
+        why = value.get("any")
+        if set(value) != {"any"} or not isinstance(why, str) or len(why.strip()) < 8 or not why.isprintable():
+            self.bad(key, '{ any = "a reason of at least eight characters" } and nothing beside it', f"{value!r}")
+        return Skip(why.strip())
 
     def text(self, key: str) -> str:
         value = self.take(key, str, "text")
@@ -350,11 +359,14 @@ def _policy(top: _Table, digest: bytes) -> Policy:
     development = bool(top.take("development", bool, "true or false"))
     roots = _roots(top.table("roots"), development)
     tdx = _tdx(top.table("tdx"))
-    gpu = top.rule("gpu", lambda k: _gpu(top.table(k)))
-    release = top.rule("release", lambda k: _release(top.table(k)))
-    deployment = top.rule("deployment", lambda k: _deployment(top.table(k)))
+    gpu = top.section("gpu", lambda t: _gpu(t, development))
+    release = top.section("release", _release)
+    deployment = top.section("deployment", _deployment)
     channel = _channel(top.table("channel"))
     top.done()
+    if channel.fresh_gpu and (isinstance(gpu, Skip) or isinstance(channel.proof, Skip)):
+        # Nobody would ever be asked: a wish that reads like a check.
+        top.bad("channel", "fresh-gpu = false without a GPU or without a channel proof", "fresh-gpu = true")
     if not development:
         for key, value in (("release", release), ("deployment", deployment)):
             if isinstance(value, Skip):
@@ -372,7 +384,12 @@ def _roots(t: _Table, development: bool) -> Roots:
         match = re.fullmatch(r"\s*-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----\s*", value)
         if match is None:
             t.bad(key, '"built-in" or one PEM certificate', "something else")
-        return base64.b64decode("".join(match[1].split()))
+        try:
+            der = base64.b64decode("".join(match[1].split()), validate=True)
+            x509.load_der_x509_certificate(der)
+        except ValueError:
+            t.bad(key, '"built-in" or one PEM certificate', "PEM that holds no certificate")
+        return der
 
     found = Roots(
         root("intel", BUILT_IN_ROOTS.intel),
@@ -413,13 +430,16 @@ def _tdx(t: _Table) -> TdxPolicy:
     return found
 
 
-def _gpu(t: _Table) -> GpuPolicy:
+def _gpu(t: _Table, development: bool) -> GpuPolicy:
     def stages(key: str) -> frozenset[str]:
         values = t.texts(key)
         if values == ["all"]:
             return frozenset(GPU_STAGES)
         if not set(values) <= set(GPU_STAGES):
             t.bad(key, f'["all"] or stages out of {", ".join(GPU_STAGES)}', values)
+        if not development and set(values) != set(GPU_STAGES):
+            # A stage that is not listed is not asked: without its signature or nonce, evidence is a rumour.
+            t.bad(key, '["all"]: only a development policy leaves stages out', values)
         return frozenset(values)
 
     found = GpuPolicy(
@@ -437,6 +457,8 @@ def _gpu(t: _Table) -> GpuPolicy:
 
 def _keys(t: _Table, key: str) -> tuple[frozenset[bytes], int]:
     keys = t.hexes(key, 32)
+    if weak := sorted(k.hex() for k in keys if small_order(k)):
+        t.bad(key, "Ed25519 public keys", f"{weak[0]}, under which anybody can sign", "POLICY_WEAK_KEY")
     threshold = t.number("threshold", 1)
     if threshold > len(keys):
         t.bad("threshold", f"at most {len(keys)}, the number of keys", threshold)

@@ -42,6 +42,7 @@ GPU_MEDIA: Final = "application/vnd.vouchsafe.nvidia-evidence"
 MAX_LEAF: Final = 30 * 1024
 """Java's handshake limit is 32 KiB; the server refuses to start above this."""
 MAX_LIFETIME: Final = 3600
+MAX_COMMON_NAME: Final = 64
 MAX_QUOTE: Final = 16 * 1024
 
 
@@ -101,11 +102,14 @@ class Leaf:
         try:
             cert = x509.load_der_x509_certificate(der)
             names = _profile(cert)
+            spki = cert.public_key().public_bytes(
+                serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+            )
+            if spki not in cert.tbs_certificate_bytes:
+                _bad_leaf("key", "an uncompressed point, in the one spelling that the key hash covers", "another")
             return cls(
                 der=der,
-                spki=cert.public_key().public_bytes(
-                    serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-                ),
+                spki=spki,
                 not_before=int(cert.not_valid_before_utc.timestamp()),
                 not_after=int(cert.not_valid_after_utc.timestamp()),
                 dns_names=names,
@@ -113,12 +117,17 @@ class Leaf:
             )
         except FormatError:
             raise
-        except (ValueError, TypeError, x509.ExtensionNotFound, x509.DuplicateExtension) as err:
+        except Exception as err:
+            # The library refuses hostile DER with many classes, several of them plain Exceptions (InvalidVersion,
+            # UnsupportedAlgorithm, UnsupportedGeneralNameType): whatever it says, these bytes are no leaf of ours.
             raise FormatError("FORMAT_LEAF", f"not a certificate of the profile ({type(err).__name__})") from None
 
 
 def build_leaf(key: ec.EllipticCurvePrivateKey, claims: Claims, quote: bytes, gpu: bytes | None) -> bytes:
-    """The leaf (DER) for *claims*, signed by *key*, whose SPKI the claims already name."""
+    """The leaf (DER) for *claims*, signed by *key*, whose SPKI the claims already name. `FORMAT_LEAF` when it would be
+    too long, or when the first name is: it becomes the common name, which X.520 limits to 64 characters."""
+    if len(claims.dns_names[0]) > MAX_COMMON_NAME:
+        _bad_leaf("first DNS name", f"at most {MAX_COMMON_NAME} characters", len(claims.dns_names[0]))
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, claims.dns_names[0])])
     content = encode_extension(quote, claims.encode(), gpu)
     builder = (
@@ -142,6 +151,8 @@ def build_leaf(key: ec.EllipticCurvePrivateKey, claims: Claims, quote: bytes, gp
 
 def _profile(cert: x509.Certificate) -> tuple[str, ...]:
     """Names of a certificate of §3.1, or a refusal."""
+    if cert.version is not x509.Version.v3 or cert.serial_number <= 0:
+        _bad_leaf("version and serial number", "v3, above zero", f"{cert.version.name}, {cert.serial_number}")
     key = cert.public_key()
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         _bad_leaf("key", "P-256", type(key).__name__)

@@ -23,6 +23,8 @@ STATEMENT_TYPE: Final = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE: Final = f"{PROFILE}:release/v1"
 MAX_MANIFEST: Final = 256 * 1024
 
+_DATE: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
+
 
 @dataclass(frozen=True, slots=True)
 class ReleaseManifest:
@@ -211,25 +213,28 @@ def _weights(entries: list[Any]) -> dict[str, frozenset[str]]:
         if not isinstance(entry, dict):
             _bad("weights", "objects", type(entry).__name__)
         model = _text(entry, "model")
-        roots = {entry.get("fileListDigest"), entry.get("rootHash")} - {None}
-        if not roots or not all(
-            isinstance(r, str) and re.fullmatch(r"(?:verity-)?sha256:[0-9a-f]{64}", r) for r in roots
-        ):
-            _bad(f"weights of {model}", "fileListDigest or rootHash", "another form")
+        files, verity = entry.get("fileListDigest"), entry.get("rootHash")
+        for value, form in ((files, r"sha256:[0-9a-f]{64}"), (verity, r"verity-sha256:[0-9a-f]{64}")):
+            if value is not None and not (isinstance(value, str) and re.fullmatch(form, value)):
+                _bad(f"weights of {model}", form, type(value).__name__)
+        if files is None and verity is None:
+            _bad(f"weights of {model}", "fileListDigest or rootHash", "neither")
         if model in found:
             _bad("weights", "each model once", model)
-        found[model] = frozenset(map(str, roots))
+        found[model] = frozenset(v for v in (files, verity) if v is not None)
     return found
 
 
 def _time(t: Mapping[str, Any], key: str) -> int:
+    text = _text(t, key)
     try:
-        value = datetime.fromisoformat(_text(t, key))
-    except ValueError:
-        _bad(key, "RFC 3339 with an offset", t[key])
-    if value.tzinfo is None:
-        _bad(key, "RFC 3339 with an offset", t[key])
-    return int(value.timestamp())
+        value = datetime.fromisoformat(text) if _DATE.fullmatch(text) else None
+        seconds = int(value.timestamp()) if value is not None else -1
+    except (ValueError, OverflowError):
+        seconds = -1
+    if seconds < 0:
+        _bad(key, "RFC 3339 with an offset, after 1970", text)
+    return seconds
 
 
 def _days(t: Mapping[str, Any]) -> int:

@@ -10,7 +10,7 @@ Only `attestation.verifier` turns a book into an `AttestationResult` (a test hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal, TypeVar
 
@@ -142,7 +142,8 @@ class AttestationResult:
     """What a verifier concludes. Holding one proves that `attestation.verifier` made it, nothing more: read `accepted`.
 
     verdict       exactly `accepted` or `refused`
-    development   true whenever a root other than the compiled-in ones was used: then nothing rests on hardware
+    development   true whenever a root other than the compiled-in ones was used, then nothing rests on hardware; and
+                  under every policy marked so, which may leave out what a production policy must ask
     checks        every check made, in order
     claims        what follows from an accepted result (names, registers, devices, keys), JSON values only
     not_proven    sentences: what this verdict does not say
@@ -161,10 +162,11 @@ class AttestationResult:
     policy: tuple[str, str]
     verified_at: int
     valid_until: int
-    _seal: object = field(repr=False, compare=False)
+    # Not a field: it is never stored, so neither `dataclasses.replace` nor a copied attribute makes another result.
+    _seal: InitVar[object]
 
-    def __post_init__(self) -> None:
-        if self._seal is not _SEAL:
+    def __post_init__(self, _seal: object) -> None:
+        if _seal is not _SEAL:
             raise TypeError("only attestation.verifier makes an AttestationResult")
 
     @property
@@ -204,17 +206,21 @@ def conclude(
     policy: tuple[str, str],
     now: int,
     valid_until: int,
+    development: bool,
 ) -> AttestationResult:
-    """Close the book. For `attestation.verifier` alone. An empty book is a refusal: nothing was asked.
+    """Close the book. For `attestation.verifier` alone. A book without a pass is a refusal: nothing was asked.
 
     Claims of a refused result are dropped, so that nobody reads facts out of evidence that was not accepted."""
+    if not checks.failed:
+        asked = any(c.status is Status.PASS for c in checks)
+        if not asked:
+            checks.require("result.asked", False, code="RESULT_NOTHING_ASKED", reason="at least one check was made")
     book = tuple(checks)
-    passed = any(c.status is Status.PASS for c in book)
-    accepted = passed and not checks.failed
+    accepted = not checks.failed
     roots = tuple(anchors)
     return AttestationResult(
         verdict="accepted" if accepted else "refused",
-        development=any(not a.built_in for a in roots),
+        development=development or any(not a.built_in for a in roots),
         checks=book,
         claims=dict(claims) if accepted else {},
         not_proven=tuple(not_proven),

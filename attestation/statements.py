@@ -2,7 +2,10 @@
 
 Each is named in the claims by digest, except the status list, which dates itself. Under a policy that pins keys, an
 object that is missing, unsigned, out of date or about something else is a refusal. `EVIDENCE_DIGEST` means that the
-object offered is not the one the claims name: fetch it again. Pure.
+object offered is not the one the claims name: fetch it again.
+
+A payload is read only after enough pinned keys signed it: what strangers wrote is compared by digest and by signature,
+never parsed. Pure.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from attestation.deployment import (
     salted,
 )
 from attestation.dsse import Envelope
+from attestation.errors import FormatError
 from attestation.evidence import Evidence
 from attestation.policy import DeploymentPolicy, Policy, ReleasePolicy, Skip
 from attestation.reference_values import RELEASE_PAYLOAD_TYPE, ReleaseManifest
@@ -28,7 +32,8 @@ from attestation.result import Checks
 __all__ = ["Identified", "appraise_deployment", "appraise_release", "appraise_status"]
 
 _DSSE: Final = "DSSE v1; in-toto Statement v1"
-_WHO: Final = "deployment statement: an image alone identifies nobody"
+_WHO: Final = "vouchsafe RA-TLS profile, §3.8"
+_UNREAD: Final = "not read: not the document that the claims name, or not enough pinned keys signed it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +48,8 @@ class Identified:
 def appraise_release(
     evidence: Evidence, claims: Claims, policy: ReleasePolicy | Skip, *, now: int, checks: Checks
 ) -> ReleaseManifest | None:
-    """The manifest, when it is the one the claims name, enough pinned signers signed it and its dates hold."""
+    """The manifest, when it is the one the claims name and enough pinned signers signed it. Its dates and models are
+    recorded; registers are compared with it whatever they say, so that a refusal names all that is wrong."""
     if isinstance(policy, Skip):
         checks.skip("release.signers", policy.why, cite=_DSSE)
         return None
@@ -52,12 +58,16 @@ def appraise_release(
         return None
     good = _named(envelope, claims.release, "release", checks)
     good &= _signed(envelope, policy.signers, policy.threshold, "release", "RELEASE_SIGNERS", checks)
+    if not good:
+        checks.skip("release.form", _UNREAD, cite=_DSSE)
+        return None
     manifest = checks.parse(
-        "release.form", lambda: ReleaseManifest.parse(envelope.payload), reason="the release manifest is well formed"
-    )
+        "release.form", lambda: ReleaseManifest.parse(envelope.payload), reason="the release manifest is well formed",
+        cite=_DSSE,
+    )  # fmt: skip
     if manifest is None:
         return None
-    good &= checks.require(
+    checks.require(
         "release.dates", manifest.not_before <= now <= manifest.not_after, code="RELEASE_DATES",
         reason="the release is in force", expected=f"{manifest.not_before} to {manifest.not_after}", actual=now,
         cite=_DSSE,
@@ -69,7 +79,7 @@ def appraise_release(
         expected=sorted(manifest.weights), actual=", ".join(f"{m.id} {m.weights}" for m in claims.models),
         cite="claims: models",
     )  # fmt: skip
-    return manifest if good else None
+    return manifest
 
 
 def appraise_deployment(
@@ -81,7 +91,8 @@ def appraise_deployment(
     now: int,
     checks: Checks,
 ) -> DeploymentStatement | None:
-    """The statement, when a pinned operator signed it and it covers name, role, platform, configuration and release."""
+    """The statement, when it is the one the claims name and enough pinned operator keys signed it. What it covers is
+    recorded: dates, serial, names, role, configuration, release, platform, GPUs."""
     if isinstance(policy, Skip):
         checks.skip("deployment.operator", policy.why, cite=_WHO)
         return None
@@ -96,13 +107,16 @@ def appraise_deployment(
         return None
     good = _named(envelope, claims.deployment, "deployment", checks)
     good &= _signed(envelope, policy.operators, policy.threshold, "deployment", "DEPLOYMENT_OPERATOR", checks)
-    statement = checks.parse(
-        "deployment.form", lambda: DeploymentStatement.parse(envelope.payload), reason="the statement is well formed"
-    )
-    if statement is None:
+    if not good:
+        checks.skip("deployment.form", _UNREAD, cite=_WHO)
         return None
-    _covers(statement, claims, policy, who, now, checks)
-    return statement if good else None
+    statement = checks.parse(
+        "deployment.form", lambda: DeploymentStatement.parse(envelope.payload), reason="the statement is well formed",
+        cite=_WHO,
+    )  # fmt: skip
+    if statement is not None:
+        _covers(statement, claims, policy, who, now, checks)
+    return statement
 
 
 def _covers(
@@ -153,27 +167,44 @@ def appraise_status(
     evidence: Evidence,
     claims: Claims,
     policy: Policy,
+    manifest: ReleaseManifest | None,
     statement: DeploymentStatement | None,
     *,
     who: Identified | None,
     now: int,
     checks: Checks,
 ) -> StatusList | None:
-    """The status list, when one is required: signed by operator or release signer, current, and silent about us."""
+    """The status list, when one is required: signed, current, and silent about us.
+
+    Enough operator keys for a deployment statement, or enough release signers for a manifest, must have signed it: a
+    single stolen key of several could otherwise clear its own name. *manifest* and *statement* as accepted before."""
     wanted = policy.deployment
-    if isinstance(wanted, Skip) or isinstance(wanted.status_list, Skip):
-        why = wanted.why if isinstance(wanted, Skip) else wanted.status_list.why  # type: ignore[union-attr]  # narrowed above
-        checks.skip("status.list", why, cite=_WHO)
+    why = wanted if isinstance(wanted, Skip) else wanted.status_list
+    if isinstance(wanted, Skip) or isinstance(why, Skip):
+        checks.skip("status.list", why.why if isinstance(why, Skip) else "", cite=_WHO)
         return None
     envelope = _envelope(evidence.status, "status", STATUS_PAYLOAD_TYPE, checks)
     if envelope is None:
         return None
-    keys = wanted.operators | (frozenset() if isinstance(policy.release, Skip) else policy.release.signers)
-    good = _signed(envelope, keys, 1, "status", "STATUS_SIGNER", checks)
-    status = checks.parse("status.form", lambda: StatusList.parse(envelope.payload), reason="the list is well formed")
+    operators = len(envelope.signers(wanted.operators))
+    releasers = 0 if isinstance(policy.release, Skip) else len(envelope.signers(policy.release.signers))
+    good = operators >= wanted.threshold or (
+        not isinstance(policy.release, Skip) and releasers >= policy.release.threshold
+    )
+    if not checks.require(
+        "status.signers", good, code="STATUS_SIGNER",
+        reason="enough operator keys, or enough release signers, signed the status list",
+        expected=f">= {wanted.threshold} operators, or a manifest's signers", actual=f"{operators}, {releasers}",
+        cite=_WHO,
+    ):  # fmt: skip
+        checks.skip("status.form", _UNREAD, cite=_WHO)
+        return None
+    status = checks.parse(
+        "status.form", lambda: StatusList.parse(envelope.payload), reason="the list is well formed", cite=_WHO
+    )
     if status is None:
         return None
-    good &= checks.require(
+    checks.require(
         "status.current", status.issued_at <= now <= status.next_update, code="STATUS_EXPIRED",
         reason="the status list is current", expected=f"{status.issued_at} to {status.next_update}", actual=now,
         cite=_WHO,
@@ -181,16 +212,14 @@ def appraise_status(
     denied = _denied(status, claims, statement, who)
     checks.require(
         "status.denied", not denied, code="STATUS_DENIED", reason="nothing of this enclave has been withdrawn",
-        expected="none", actual=denied, cite=_WHO,
+        expected="none", actual=denied or "none", cite=_WHO,
     )  # fmt: skip
     if statement is not None:
-        usable = Envelope.parse(evidence.deployment).signers(wanted.operators - _keys_denied(status, wanted.operators))
-        checks.require(
-            "status.keys", len(usable) >= wanted.threshold, code="STATUS_DENIED",
-            reason="enough operator keys have not been withdrawn", expected=wanted.threshold, actual=len(usable),
-            cite=_WHO,
-        )  # fmt: skip
-    return status if good else None
+        _keys_left("status.operator-keys", evidence.deployment, wanted.operators, wanted.threshold, status, checks)
+    if manifest is not None and not isinstance(policy.release, Skip):
+        signers, threshold = policy.release.signers, policy.release.threshold
+        _keys_left("status.release-keys", evidence.release, signers, threshold, status, checks)
+    return status
 
 
 def _denied(
@@ -209,9 +238,17 @@ def _denied(
     return [name for name, hit in asked.items() if hit]
 
 
-def _keys_denied(status: StatusList, keys: frozenset[bytes]) -> frozenset[bytes]:
-    """Withdrawn keys, listed as SHA-256 of the key or as the key itself."""
-    return frozenset(k for k in keys if k in status.keys or hashlib.sha256(k).digest() in status.keys)
+def _keys_left(id: str, raw: bytes, keys: frozenset[bytes], threshold: int, status: StatusList, checks: Checks) -> None:
+    """Whether the document still has enough signatures without the keys withdrawn, listed as the key or its SHA-256."""
+    left = frozenset(k for k in keys if k not in status.keys and hashlib.sha256(k).digest() not in status.keys)
+    try:
+        found = len(Envelope.parse(raw).signers(left))
+    except FormatError:
+        found = 0  # cannot be: the document was accepted before
+    checks.require(
+        id, found >= threshold, code="STATUS_DENIED", reason="enough of the keys that signed have not been withdrawn",
+        expected=f">= {threshold}", actual=found, cite=_WHO,
+    )  # fmt: skip
 
 
 def _envelope(raw: bytes, what: str, payload_type: str, checks: Checks) -> Envelope | None:
