@@ -26,7 +26,7 @@ from cryptography.x509.oid import ExtensionOID, NameOID
 
 from attestation.errors import FormatError, RefusedError
 
-__all__ = ["Certificate", "check_chain", "issued", "split_pem"]
+__all__ = ["Certificate", "bit_string", "check_chain", "issued", "split_pem"]
 
 _PEM: Final = re.compile(rb"-----BEGIN CERTIFICATE-----\n[A-Za-z0-9+/=\n]+-----END CERTIFICATE-----(?:\n|$)")
 _MAX_PEM_CERTIFICATES: Final = 8
@@ -103,6 +103,15 @@ def split_pem(text: bytes) -> tuple[bytes, ...]:
         raise FormatError("FORMAT_GPU_PEM", "a certificate of the PEM chain does not parse") from None
 
 
+def bit_string(value: bytes) -> bytes:
+    """DER of *value* as a BIT STRING without unused bits: how a P-384 signature (at most 104 bytes) must stand.
+
+    Raises `ValueError` for more than 126 bytes."""
+    if len(value) > 126:
+        raise ValueError("too long for a P-384 signature")
+    return bytes((0x03, len(value) + 1, 0)) + value
+
+
 @lru_cache(maxsize=512)
 def issued(der: bytes, issuer: bytes) -> bool:
     """(2) for one pair: *der* names *issuer* and carries its signature. A fact about bytes, hence memoised."""
@@ -160,6 +169,9 @@ def _parse(der: bytes) -> Certificate:
             raise ValueError("the signature is not ECDSA with SHA-384")
         if not isinstance(cert.signature_hash_algorithm, hashes.SHA384) or cert.version is not x509.Version.v3:
             raise ValueError("not a version 3 certificate")
+        # The library overlooks unused bits of the outer bit string; no byte may change unseen (X.690 §8.6.2).
+        if not der.endswith(bit_string(cert.signature)):
+            raise ValueError("the signature is not a whole number of bytes")
         ca, path_length, signs_certificates, signs_data = False, None, False, False
         purposes: frozenset[str] = frozenset()
         raw = []

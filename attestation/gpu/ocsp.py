@@ -26,13 +26,15 @@ from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID
 
 from attestation.errors import FormatError, RefusedError
-from attestation.gpu.certificates import Certificate, issued
+from attestation.gpu.certificates import Certificate, bit_string, issued
 
 __all__ = ["OcspAnswers"]
 
 MAX_ANSWER: Final = 8192
 MAX_ANSWERS: Final = 256
 _ECDSA_SHA384: Final = "1.2.840.10045.4.3.3"
+_ALGORITHM: Final = bytes.fromhex("300a06082a8648ce3d040303")
+"""DER of AlgorithmIdentifier ecdsa-with-SHA384 (RFC 5758 §3.2)."""
 _Id = tuple[int, bytes, bytes]
 
 
@@ -140,6 +142,10 @@ def _parse(der: bytes) -> ocsp.OCSPResponse | None:
         if answer.response_status is not ocsp.OCSPResponseStatus.SUCCESSFUL or len(list(answer.responses)) != 1:
             return None
         if not isinstance(answer.hash_algorithm, hashes.SHA384):
+            return None
+        # Nothing may stand between what is signed and the signature, which has no unused bits (X.690 §8.6.2): the
+        # library overlooks them, and no byte may change unseen.
+        if answer.tbs_response_bytes + _ALGORITHM + bit_string(answer.signature) not in der:
             return None
         _ = answer.certificate_status, answer.revocation_reason, answer.certificates, answer.signature_algorithm_oid
         _ = answer.this_update_utc, answer.next_update_utc, answer.responder_key_hash, answer.responder_name
