@@ -49,6 +49,7 @@ _HASH: Final = "{http://www.w3.org/2001/04/xmlenc#sha384}Hash"
 _DS: Final = "{http://www.w3.org/2000/09/xmldsig#}"
 _C14N11: Final = "http://www.w3.org/2006/12/xml-c14n11"
 _DECLARATION: Final = re.compile(rb"""<\?xml version=["']1\.0["'] encoding=["'](?:UTF-8|utf-8|ASCII)["'] ?\?>\s*""")
+_BROKEN_TAG: Final = re.compile(rb"<[^<>\t\n]*[\t\n]")
 _HEX: Final = re.compile(r"[0-9a-f]{96}")
 _NUMBER: Final = re.compile(r"0|[1-9][0-9]?")
 _SIGNED_INFO: Final = (
@@ -166,6 +167,9 @@ def _tree(xml: bytes) -> Any:  # Any: lxml ships no types
     # Without "<!" and "<?" there is no DTD, no entity, no comment and no CDATA, whatever a parser's defaults are.
     if not body.isascii() or b"<!" in body or b"<?" in body:
         raise _bad("only plain ASCII elements may stand in it (no DTD, comment, CDATA or instruction)")
+    # XML reads these as other spellings of the same document; no signature covers them, so one spelling is accepted.
+    if b"\r" in body or _BROKEN_TAG.search(body) or not body.startswith(b"<") or body.removesuffix(b"\n")[-1:] != b">":
+        raise _bad("white space other than single lines of tags and text")
     try:
         return etree.fromstring(body, _parser())
     except (etree.XMLSyntaxError, ValueError):
