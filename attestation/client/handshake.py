@@ -160,6 +160,10 @@ class Link:
 
     # handshake
 
+    def refuse(self, failure: VouchsafeError | NotAttested) -> None:
+        """Fail this connection before its first byte: the handshake, when the library gets to it, raises."""
+        self._failure = failure if isinstance(failure, NotAttested) else NotAttested(failure)
+
     def handshake(self) -> None:
         """Go on as far as the bytes at hand allow. Returns when the connection is accepted, and only then.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from attestation.client.handshake import Appraiser, Link, NotAttested, client_context, find
 from attestation.client.sockets import AttestedObject, AttestedSocket
-from attestation.errors import RefusedError
+from attestation.errors import RefusedError, VouchsafeError
 
 __all__ = ["Appraiser", "AttestedContext", "NotAttested", "find"]
 
@@ -46,12 +46,8 @@ class AttestedContext(ssl.SSLContext):
         session: Any = None,  # Any: refused unless None
     ) -> AttestedSocket:
         """*sock* connected, blocking or with a timeout. `suppress_ragged_eofs` is not honoured: see `Link.read`."""
-        try:
-            link = self._link(server_side, server_hostname, session)
-            wrapped = AttestedSocket(link, self, sock, self._appraiser.name)
-        except BaseException:
-            sock.close()
-            raise
+        link = self._link(server_side, server_hostname, session)
+        wrapped = AttestedSocket(link, self, sock, self._appraiser.name)
         if do_handshake_on_connect:
             if wrapped.gettimeout() == 0.0:
                 wrapped.close()
@@ -76,21 +72,24 @@ class AttestedContext(ssl.SSLContext):
             raise ValueError("an AttestedContext is for clients")
         if session is not None:
             raise ValueError("an attested connection never resumes a session")
-        self._check_name(server_hostname)
-        self._appraiser.prepare()
-        return Link(self._openssl, self._appraiser, self._seconds)
+        link = Link(self._openssl, self._appraiser, self._seconds)
+        try:
+            self._check_name(server_hostname)
+            self._appraiser.prepare()
+        except (VouchsafeError, NotAttested) as err:
+            # Told by the handshake, where every library expects it, and before a byte is sent.
+            link.refuse(err)
+        return link
 
     def _check_name(self, server_hostname: str | bytes | None) -> None:
         if isinstance(server_hostname, bytes):
             server_hostname = server_hostname.decode("ascii", "replace")
         name = self._appraiser.name
         if server_hostname is not None and server_hostname.lower().removesuffix(".") != name:
-            raise NotAttested(
-                RefusedError(
-                    "CLIENT_NAME",
-                    "this context is for another name",
-                    expected=name,
-                    actual=server_hostname,
-                    hint="make one context per service; to dial an address give the name as server_hostname",
-                )
+            raise RefusedError(
+                "CLIENT_NAME",
+                "this context is for another name",
+                expected=name,
+                actual=server_hostname,
+                hint="make one context per service; to dial an address give the name as server_hostname",
             )

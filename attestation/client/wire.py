@@ -1,4 +1,4 @@
-"""The only two requests that may cross a connection before it is accepted (RA-TLS order: fetch evidence, channel proof).
+"""The only two requests that may cross a connection before it is accepted: fetch evidence, channel proof.
 
 Both are fixed and free of credentials; nothing of a user's request can get into them. Answers are parsed by h11 under
 a cap for head and body, and refused when anything but one complete answer is there. Pure: bytes in, bytes out, for
@@ -7,20 +7,18 @@ sockets and memory BIOs alike. The other end is not yet trusted by anyone here.
 
 from __future__ import annotations
 
-import base64
-import json
 from dataclasses import dataclass
 from typing import Final, Literal
 
 import h11
 
+from attestation.bundle import MAX_BUNDLE
+from attestation.channel import CHANNEL_PATH, EVIDENCE_PATH, MAX_ANSWER, channel_request
 from attestation.errors import FormatError, TransportError
 
-__all__ = ["MAX_BUNDLE", "MAX_PROOF", "Answer", "Exchange", "FetchEvidence", "ProveChannel", "Question"]
+__all__ = ["Answer", "Exchange", "FetchEvidence", "ProveChannel", "Question"]
 
 MAX_HEAD: Final = 16 * 1024
-MAX_PROOF: Final = 1024 * 1024
-MAX_BUNDLE: Final = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +28,7 @@ class FetchEvidence:
     cap = MAX_BUNDLE
 
     def request(self) -> tuple[str, str, bytes]:
-        return "GET", "/.well-known/vouchsafe/evidence", b""
+        return "GET", EVIDENCE_PATH, b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +38,10 @@ class ProveChannel:
     nonce: bytes
     fresh_gpu: bool
     binding: Literal["exporter", "key"]
-    cap = MAX_PROOF
+    cap = MAX_ANSWER
 
     def request(self) -> tuple[str, str, bytes]:
-        nonce = base64.urlsafe_b64encode(self.nonce).rstrip(b"=").decode()
-        body = {"nonce": nonce, "gpu": self.fresh_gpu, "binding": self.binding}
-        return "POST", "/.well-known/vouchsafe/channel", json.dumps(body, separators=(",", ":")).encode()
+        return "POST", CHANNEL_PATH, channel_request(self.nonce, gpu=self.fresh_gpu, binding=self.binding)
 
 
 Question = FetchEvidence | ProveChannel

@@ -6,6 +6,7 @@ the client before the verdict". It is a test's stand-in for a relay that termina
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import socket
 import threading
@@ -137,10 +138,8 @@ class Server:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         for sock in self._socks:
-            try:
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
         for thread in (self._accepting, *self._threads):
             thread.join(5)
         for sock in self._socks:
@@ -190,10 +189,8 @@ class Server:
         except OSError:
             return
         finally:
-            try:
+            with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
     def _more(self, connection: Connection) -> bytes:
         data = connection.tls.recv(65536)
