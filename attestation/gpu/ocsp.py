@@ -126,8 +126,11 @@ def _authentic(der: bytes, issuer: bytes) -> Certificate | str:
     if not named or answer.signature_algorithm_oid.dotted_string != _ECDSA_SHA384:
         return "GPU_OCSP_SIGNATURE"
     try:
+        # The signature follows what is signed and has no unused bits (X.690 §8.6.2): the library overlooks them.
+        if answer.tbs_response_bytes + _ALGORITHM + bit_string(answer.signature) not in der:
+            return "GPU_OCSP_SIGNATURE"
         responder.key.verify(answer.signature, answer.tbs_response_bytes, ec.ECDSA(hashes.SHA384()))
-    except InvalidSignature:
+    except (InvalidSignature, ValueError):
         return "GPU_OCSP_SIGNATURE"
     return responder
 
@@ -142,10 +145,6 @@ def _parse(der: bytes) -> ocsp.OCSPResponse | None:
         if answer.response_status is not ocsp.OCSPResponseStatus.SUCCESSFUL or len(list(answer.responses)) != 1:
             return None
         if not isinstance(answer.hash_algorithm, hashes.SHA384):
-            return None
-        # Nothing may stand between what is signed and the signature, which has no unused bits (X.690 §8.6.2): the
-        # library overlooks them, and no byte may change unseen.
-        if answer.tbs_response_bytes + _ALGORITHM + bit_string(answer.signature) not in der:
             return None
         _ = answer.certificate_status, answer.revocation_reason, answer.certificates, answer.signature_algorithm_oid
         _ = answer.this_update_utc, answer.next_update_utc, answer.responder_key_hash, answer.responder_name
