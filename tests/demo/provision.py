@@ -59,7 +59,7 @@ class Provisioned:
         now = int(time.time())
         payload = new_status_list(
             serial=now if serial is None else serial, issued_at=now, next_update=now + lifetime,
-            **denied,  # type: ignore[arg-type]  # the keywords are the lists' names
+            **denied,
         )  # fmt: skip
         _replace(self.statements / "status.json", sign(STATUS_PAYLOAD_TYPE, payload, [self.operator]))
 

@@ -12,9 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.demo.provision import Provisioned, provision
-
 from tests.demo.processes import PYTHON, ROOT, Failed, Process
+from tests.demo.provision import Provisioned, provision
 
 NAME = "demo.vouchsafe.test"
 PARROT = ROOT / "tests/model/parrot"
@@ -75,6 +74,9 @@ def running(
             f"unix:{socket}",
             NAME,
         )
+        key = made.directory / "api-key"
+        key.touch(mode=0o600)
+        key.write_text(made.api_key)
         enclave = start(
             "enclave", PYTHON, "-m", "enclave.cli", "serve", "--config", str(made.config),
             env={"LD_LIBRARY_PATH": str(tee / "lib")},
@@ -84,7 +86,7 @@ def running(
         )
         relay = start(
             "relay", PYTHON, "-m", "host.cli", "relay", "--listen", "tcp:127.0.0.1:0",
-            "--route", f"{NAME}=unix:{socket}",
+            "--route", f"{NAME}=unix:{socket}", "--drain-timeout", "2",
         )  # fmt: skip
         line = relay.wait_for("listening on", seconds=20, hint="is the loopback device up?")
         yield Stack(folder, made, devtee, enclave, relay, int(line.rpartition(":")[2]), model_id)

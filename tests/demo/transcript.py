@@ -3,8 +3,8 @@
     python -m tests.demo.transcript --check     exit 1 with the first difference
     python -m tests.demo.transcript --write     put the program's own output into the README
 
-Digests, ports, times, sizes and seconds differ from run to run; they are compared by their kind. Setting-up lines are not
-part of the transcript.
+Digests, ports, times, sizes and seconds differ from run to run; they are compared by their kind. Setting-up lines are
+not part of the transcript.
 """
 
 from __future__ import annotations
