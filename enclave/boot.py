@@ -70,7 +70,8 @@ MAX_POLICY: Final = 256 * 1024
 MAX_GOLDEN: Final = 1024 * 1024
 STOP_DRAIN: Final = 30
 """Seconds that running answers get when the enclave is asked to stop."""
-CHILD_PATIENCE: Final = 10.0
+CHILD_PATIENCE: Final = 3.0
+"""Seconds for children that an engine's own stop left behind, before they are killed."""
 RTMR_INDEX: Final = 4  # of RTMR3 in event logs (CCEL: 1 to 4)
 EV_EVENT_TAG: Final = 6
 
@@ -424,6 +425,7 @@ def _policy(settings: Settings) -> Policy:
             "configuration and appraisal policy disagree about the GPU",
             expected="a [gpu] table exactly when [gpu] count is above 0",
             actual=f"count {settings.gpu.count}",
+            hint="correct the count, or measure a policy for this kind of machine into the configuration",
         )
     return policy
 

@@ -309,9 +309,8 @@ class Issuer:
     async def _settle(self, successor: Identity) -> None:
         """Wait a moment before the swap: a client whose clock is a little behind would refuse a leaf so young."""
         pause = min(30, self._settings.lifetime // 8)
-        remaining = self.current.not_after - self._clock.now()
-        if remaining > pause:
-            await asyncio.sleep(max(0, successor.not_before + pause - self._clock.now()))
+        while (now := self._clock.now()) < successor.not_before + pause and now < self.current.not_after - pause:
+            await asyncio.sleep(self._poll)
 
     def _state(self, state: GpuState) -> GpuStateClaim:
         return GpuStateClaim(

@@ -1,23 +1,48 @@
-"""`python -m tests.enclave.echo_enclave --config F`: the real boot with the echo engine in place of vLLM.
+"""`python -m tests.enclave.echo_enclave CONFIG [start-delay=S] [die-after=S] [start-fails] [child]`: the real boot with
+the echo engine in place of vLLM.
 
 For tests of everything around the engine. No configuration can ask for it: only this test program hands it in.
 """
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
 import sys
 from pathlib import Path
 
 from enclave import boot
-from enclave.engine import Engine
+from enclave.engine import Engine, EngineError
 from enclave.engine.echo import EchoEngine
 from enclave.settings import ModelSettings
 
 
-def load(model: ModelSettings, runtime: Path) -> Engine:
-    return EchoEngine(model.id)
+class Misbehaving(EchoEngine):
+    """An echo that starts late, dies, or leaves a child, as the command line says."""
+
+    def __init__(self, model_id: str, wishes: dict[str, str]) -> None:
+        super().__init__(model_id)
+        self._wishes = wishes
+
+    async def start(self) -> None:
+        if "child" in self._wishes:
+            subprocess.Popen(["/bin/sleep", "600"], start_new_session=True)  # noqa: ASYNC220 - what an engine does
+        await asyncio.sleep(float(self._wishes.get("start-delay", 0)))
+        if "start-fails" in self._wishes:
+            raise EngineError("ENGINE_START", "no such luck", hint="free some memory")
+        await super().start()
+        if "die-after" in self._wishes:
+            asyncio.get_running_loop().call_later(float(self._wishes["die-after"]), self.die, "killed")
+
+
+def main(argv: list[str]) -> int:
+    wishes = {name: value for name, _, value in (wish.partition("=") for wish in argv[1:])}
+
+    def load(model: ModelSettings, runtime: Path) -> Engine:
+        return Misbehaving(model.id, wishes)
+
+    return boot.run(Path(argv[0]), load_engine=load)
 
 
 if __name__ == "__main__":
-    assert sys.argv[1] == "--config"
-    sys.exit(boot.run(Path(sys.argv[2]), load_engine=load))
+    sys.exit(main(sys.argv[1:]))
