@@ -430,7 +430,10 @@ def _topology(devices: list[_Device], mode: Mode | None, book: _Book) -> None:
         )
         return mode
 
-    book.run("topology", "evidence", "GPUs and switches see each other as the mode needs", _PPCIE, judge)
+    reason = "GPUs and switches see each other as the mode needs (counted: GPUs do not report their own id)"
+    if mode in ("spt", "mpt"):
+        reason = f"not applicable in mode {mode}: no plaintext NVLink fabric, and the evidence shows none"
+    book.run("topology", "evidence", reason, _PPCIE, judge)
 
 
 def _lists(devices: list[_Device], policy: GpuPolicy, book: _Book) -> None:
