@@ -87,9 +87,8 @@ def pip(arguments: list[str], failure: str, hint: str) -> None:
     """Install exactly what is named. Progress is one line on a terminal, one line per 25 packages elsewhere."""
     hashes = ["--require-hashes"] if "-r" in arguments else []
     base = [str(VENV / "bin/python"), "-m", "pip", "--disable-pip-version-check", "install", "--no-deps"]
-    process = subprocess.Popen(
-        [*base, "--progress-bar", "off", *hashes, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )  # fmt: skip
+    command = [*base, "--progress-bar", "off", *hashes, *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
     total = sum("==" in line for line in LOCK.read_text().splitlines())
     count, tail, tty = 0, list[str](), sys.stdout.isatty()

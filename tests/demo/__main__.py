@@ -16,6 +16,7 @@ import argparse
 import json
 import signal
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -105,8 +106,12 @@ def demo(stack: Stack, question: str, t: Transcript) -> None:
     (stack.folder / "response.bin").write_bytes(bytes(receipt.response))
     offline = ("--bundle", str(bundle), "--policy", policy)
     files = ("--request", str(stack.folder / "request.bin"), "--response", str(stack.folder / "response.bin"))
-    t.say("the receipt, verified again from files, offline:", indent=2)
-    t.say(cli("receipt", "verify", str(stack.folder / "receipt.json"), *offline, *files, expect=0), indent=4)
+    t.say(
+        "the same receipt, verified again offline, from files: vouchsafe receipt verify receipt.json --bundle …",
+        indent=2,
+    )
+    text = cli("receipt", "verify", str(stack.folder / "receipt.json"), *offline, *files, expect=0)
+    t.say(text[: text.index("ACCEPTED  evidence")].rstrip(), indent=4)  # the evidence's own checks stand above
 
     t.title(4, "search", "What the host saw")
     search(stack, question, answer, record, t)
@@ -131,7 +136,7 @@ def ask(stack: Stack, question: str, port: int, t: Transcript) -> tuple[str, Any
             for event in stream:
                 parts.extend(choice.delta.content or "" for choice in event.choices)
         answer = "".join(parts)
-        t.say(f"assistant: {answer}", indent=2)
+        t.say(textwrap.fill(f"assistant: {answer}", 100, subsequent_indent=" " * 11), indent=2)
         verdict = http.receipts.verify_last()
         if not verdict.accepted:
             raise Failed("receipt", ", ".join(verdict.codes), "this is a bug: please report it")
@@ -219,7 +224,7 @@ class tap:
 
 
 def serve(stack: Stack) -> None:
-    """Print what a user pastes, then wait. The operator's status list lasts an hour: a fresh one is laid out in time."""
+    """Print what a user pastes, then wait. The operator's status list lasts an hour: a fresh one comes in time."""
     made = stack.provisioned
     key = made.directory / "api-key"
     connect = f"127.0.0.1:{stack.relay_port}"
@@ -259,7 +264,7 @@ def _model(folder: Path | None) -> Path | None:
 
 
 def _progress(t: Transcript, line: str) -> None:
-    if line.startswith("enclave: boot ") or "ready" in line or "listening" in line:
+    if line.startswith(("boot ", "enclave: ready", "relay: listening", "devtee: ready")):
         t.say(line, indent=2)
 
 

@@ -51,11 +51,11 @@ class Process:
     def _read(self) -> None:
         assert self.popen.stdout is not None
         for line in self.popen.stdout:
+            if self._tell:
+                self._tell(line.rstrip("\n"))
             with self._new:
                 self.lines.append(line.rstrip("\n"))
                 self._new.notify_all()
-            if self._tell:
-                self._tell(line.rstrip("\n"))
         with self._new:
             self._new.notify_all()
 

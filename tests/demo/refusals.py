@@ -35,8 +35,9 @@ def refused(text: str) -> str:
     lines = []
     for check in result["checks"]:
         if check["status"] == "fail":
-            short = [f"{k} {check[k][:24]}" for k in ("expected", "actual") if check[k]]
-            lines.append(f"{check['code']}: {check['reason']}" + (f" ({', '.join(short)})" if short else ""))
+            lines.append(f"{check['code']}: {check['reason']}")
+            if check["expected"] and check["actual"]:
+                lines.append(f"  expected {check['expected'][:40]}, got {check['actual'][:40]}")
     return "\n".join(lines)
 
 

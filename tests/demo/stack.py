@@ -55,7 +55,7 @@ def running(
     started: list[Process] = []
 
     def start(name: str, *command: str, env: dict[str, str] | None = None) -> Process:
-        process = Process(name, command, env=env, tell=lambda line: tell(f"{name}: {line}"))
+        process = Process(name, command, env=env, tell=tell)
         started.append(process)
         return process
 

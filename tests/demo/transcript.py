@@ -3,8 +3,8 @@
     python -m tests.demo.transcript --check     exit 1 with the first difference
     python -m tests.demo.transcript --write     put the program's own output into the README
 
-Digests, ports, times, sizes and seconds differ from run to run; they are compared by their kind. Setting-up lines are
-not part of the transcript.
+Digests, ports, times, sizes and seconds differ from run to run; they are compared by their kind. Long runs of passed
+checks and claims are shortened, by the same rule on both sides.
 """
 
 from __future__ import annotations
@@ -28,6 +28,22 @@ KINDS = (
 )
 
 
+def abridged(text: str) -> str:
+    """*text* with each run of more than six `pass` lines cut to its first two and last two, and long values cut."""
+    lines: list[str] = []
+    run: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.lstrip().startswith("pass "):
+            run.append(line)
+            continue
+        if len(run) > 6:
+            indent = " " * (len(run[0]) - len(run[0].lstrip()))
+            run = [*run[:2], f"{indent}… {len(run) - 4} more passed", *run[-2:]]
+        lines += [*run, line if len(line) <= 118 else f"{line[:117]}…"]
+        run = []
+    return "\n".join(lines).rstrip() + "\n"
+
+
 def normal(text: str) -> list[str]:
     lines = []
     for line in text.splitlines():
@@ -47,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     if found is None or not OUTPUT.exists():
         print("error: no transcript in README.md, or no build/demo.txt\nhint: run `make demo` first", file=sys.stderr)
         return 1
-    output = OUTPUT.read_text()
+    output = abridged(OUTPUT.read_text())
     if options.write:
         README.write_text(readme[: found.start(2)] + output + readme[found.end(2) :])
         return 0
