@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from tests.devtee.rim import RimSpec
 from tests.devtee.tee import DevTee
 
 DAY = 86_400
-HONEST_LISTS = {
+HONEST_LISTS: dict[str, Any] = {
     "drivers": frozenset({"550.90.07"}),
     "vbios": frozenset({"96.00.9F.00.01"}),
     "hwmodels": frozenset({"SIM GH100 A01 GSP BROM"}),
@@ -125,7 +126,7 @@ STORIES: dict[str, tuple[Callable[[], Story], set[str]]] = {
     "no-rim": (lambda: replace(told(), rims={}), {"GPU_RIM_MISSING"}),
     "no-driver-rim": (lambda: without(told(), "NV_GPU_DRIVER_GH100_550.90.07"), {"GPU_RIM_MISSING"}),
     "rims-exchanged": (
-        lambda: replace(told(), rims=dict(zip(told().rims, reversed(told().rims.values()), strict=True))),
+        lambda: replace(told(), rims=dict(zip(told().rims, reversed(list(told().rims.values())), strict=True))),
         {"GPU_RIM_VERSION"},
     ),
     "rim-of-another-version": (lambda: told(rim=RimSpec(driver="1.2.3")), {"GPU_RIM_VERSION"}),
