@@ -17,10 +17,8 @@ from attestation.errors import RefusedError
 from attestation.gpu import GpuDevice, GpuEvidence, Report
 from attestation.gpu.topology import Mode, check_topology, device_mode
 from attestation.policy import GPU_STAGES
-from tests.attestation.gpu.judge import Story, genuine
+from tests.attestation.gpu.judge import Story, genuine, told
 from tests.vectors import VECTORS, need_vectors
-
-pytestmark = pytest.mark.vectors
 
 Reports = list[Report]
 
@@ -40,6 +38,7 @@ def changed(of: Reports, index: int, **fields: Any) -> Reports:
     return [replace(r, **fields) if i == index else r for i, r in enumerate(of)]
 
 
+@pytest.mark.vectors
 def test_genuine_node_fits() -> None:
     gpus, switches = reports()
     check_topology("ppcie", gpus, switches)
@@ -51,6 +50,7 @@ def other(pdi: bytes) -> bytes:
     return bytes(b ^ 0x5A for b in pdi)
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize(
     ("name", "change"),
     [
@@ -71,6 +71,9 @@ def other(pdi: bytes) -> bytes:
         ("a switch sees a GPU twice", lambda g, s: (g, changed(s, 2, gpu_pdis=(*s[2].gpu_pdis[:7], s[2].gpu_pdis[0])))),
         ("a switch sees no GPU", lambda g, s: (g, changed(s, 2, gpu_pdis=()))),
         ("all-ones for one GPU", lambda g, s: (g, blank(s, b"\xff" * 8))),
+        ("no GPUs", lambda g, s: ([], s)),
+        ("a switch with the id of zeros", lambda g, s: zeroed(g, s)),
+        ("a GPU not linked to one switch", lambda g, s: (changed(g, 0, switch_pdis=without_one(g[0])), s)),
         ("zeros for one GPU", lambda g, s: (g, blank(s, bytes(8)))),
     ],
 )
@@ -87,12 +90,24 @@ def crowd(gpu: Report) -> tuple[bytes, ...]:
     return (*four[1:], *(four[0],) * 15)
 
 
+def without_one(gpu: Report) -> tuple[bytes, ...]:
+    return tuple(p for p in gpu.switch_pdis if p != gpu.switch_pdis[0])
+
+
+def zeroed(gpus: Reports, switches: Reports) -> tuple[Reports, Reports]:
+    """One switch whose id reads as zeros, at its own end and at every GPU's."""
+    lost = switches[0].switch_pdis[0][::-1]
+    linked = [replace(g, switch_pdis=tuple(bytes(8) if p == lost else p for p in g.switch_pdis)) for g in gpus]
+    return linked, changed(switches, 0, switch_pdis=(bytes(8),))
+
+
 def blank(switches: Reports, pdi: bytes) -> Reports:
     """One and the same GPU lost in all four switches."""
     lost = switches[0].gpu_pdis[0]
     return [replace(s, gpu_pdis=tuple(pdi if p == lost else p for p in s.gpu_pdis)) for s in switches]
 
 
+@pytest.mark.vectors
 @pytest.mark.parametrize("mode", ["spt", "mpt"])
 def test_mode_without_a_fabric_has_none_in_its_evidence(mode: Mode) -> None:
     gpus, switches = reports()
@@ -112,6 +127,7 @@ def arranged(*devices: GpuDevice) -> Story:
     return replace(node(), evidence=GpuEvidence(devices)).with_policy(require=STAGES)
 
 
+@pytest.mark.vectors
 def test_node_is_accepted_as_it_is() -> None:
     need_vectors()
     verdict = arranged(*node().evidence.devices).judge()
@@ -120,12 +136,14 @@ def test_node_is_accepted_as_it_is() -> None:
     assert {d.mode for d in verdict.facts.devices} == {"ppcie", None}
 
 
+@pytest.mark.vectors
 def test_node_without_its_switches_is_refused() -> None:
     need_vectors()
     verdict = arranged(*node().evidence.devices[:8]).judge()
     assert set(verdict.codes) == {"GPU_COUNT", "GPU_TOPOLOGY"}
 
 
+@pytest.mark.vectors
 def test_subset_of_the_node_is_refused() -> None:
     """Attest one, use another."""
     need_vectors()
@@ -133,12 +151,14 @@ def test_subset_of_the_node_is_refused() -> None:
     assert set(arranged(*devices[:7], *devices[8:]).judge().codes) == {"GPU_COUNT", "GPU_TOPOLOGY"}
 
 
+@pytest.mark.vectors
 def test_one_gpu_of_the_node_listed_twice_is_refused_by_identity() -> None:
     need_vectors()
     devices = node().evidence.devices
     assert arranged(*devices[:7], devices[0], *devices[8:]).judge().codes == ["GPU_DUPLICATE"]
 
 
+@pytest.mark.vectors
 def test_switch_of_another_machine_is_refused() -> None:
     """A genuine LS10 with its genuine report: another nonce, another chassis."""
     need_vectors()
@@ -147,6 +167,7 @@ def test_switch_of_another_machine_is_refused() -> None:
     assert set(verdict.codes) == {"GPU_NONCE", "GPU_TOPOLOGY"}
 
 
+@pytest.mark.vectors
 def test_gpu_of_another_machine_is_refused() -> None:
     need_vectors()
     (stranger,) = genuine(VECTORS / "gpu" / "h100-550.90.07-full").evidence.devices
@@ -156,3 +177,33 @@ def test_gpu_of_another_machine_is_refused() -> None:
         "GPU_MODE",
         "GPU_TOPOLOGY",
     }
+
+
+# Without a fabric, and the mode itself.
+
+
+def test_gpu_of_its_own_passes_because_there_is_nothing_to_place() -> None:
+    verdict = told().judge()
+    assert verdict.accepted and verdict.stage("topology") == "pass"
+    (said,) = [c for c in verdict.checks if c.id == "gpu.topology"]
+    assert "not applicable in mode spt" in said.reason
+
+
+MODES = [
+    (None, None, "spt"), (None, 0x55, "spt"), (0, None, "spt"), (0, 0x55, "spt"),
+    (1, None, "mpt"), (1, 0x55, "mpt"),
+    (None, 0xAA, "ppcie"), (2, 0xAA, "ppcie"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [None, 0, 1, 2, 3, 0xFFFF])
+@pytest.mark.parametrize("protected", [None, 0x55, 0xAA])
+def test_mode_is_the_one_that_flag_and_status_agree_on(flag: int | None, protected: int | None) -> None:
+    honest = Report.parse(told().evidence.devices[0].report)
+    report = replace(honest, feature_flag=flag, protected_pcie=protected)
+    expected = [mode for f, p, mode in MODES if (f, p) == (flag, protected)]
+    if expected:
+        assert device_mode(report) == expected[0]
+        return
+    with pytest.raises(RefusedError, match="GPU_MODE"):
+        device_mode(report)
