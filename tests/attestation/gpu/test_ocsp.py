@@ -13,6 +13,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509 import ocsp
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from attestation.errors import FormatError, RefusedError
 from attestation.gpu import OcspAnswers
@@ -219,3 +221,19 @@ def test_no_changed_byte_of_a_real_answer_is_accepted(name: str) -> None:
                 OcspAnswers({name: changed}).check(chain[number], chain[number + 1], now=story.now)
     with pytest.raises(RefusedError):
         OcspAnswers({name: raw + b"\0"}).check(chain[number], chain[number + 1], now=story.now)
+
+
+def honest() -> bytes:
+    return answer(tee().pki, "device-ik-0", NOW, OcspSpec())
+
+
+@given(
+    st.binary(max_size=400)
+    | st.builds(
+        lambda a, b, c: c[:a] + b + c[a:], st.integers(0, 1000), st.binary(min_size=1, max_size=40), st.builds(honest)
+    )
+)
+@settings(max_examples=100, deadline=None)
+@pytest.mark.filterwarnings("ignore")  # the library warns of certificates that it means to refuse one day
+def test_random_bytes_are_refused_and_never_crash(raw: bytes) -> None:
+    assert refused(raw).startswith("GPU_OCSP_")

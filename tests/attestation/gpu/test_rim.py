@@ -12,6 +12,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from lxml import etree  # type: ignore[import-untyped]  # lxml ships no types
 from signxml.algorithms import CanonicalizationMethod, DigestAlgorithm, SignatureConstructionMethod, SignatureMethod
 from signxml.signer import XMLSigner
@@ -312,3 +314,13 @@ def test_certificates_in_a_manifest_are_the_ones_it_was_signed_under() -> None:
     other = base64.encodebytes(tee().pki["rim-vbios-l4"].cert.public_bytes(serialization.Encoding.DER))
     assert base64.b64decode(text[first:end]) == base64.b64decode(own)
     assert refused(text[:first] + other + text[end:]) == "GPU_RIM_SIGNATURE"
+
+
+SOLID = st.binary(min_size=1, max_size=40).filter(lambda b: b.strip() != b"")
+"""White space added where XML ignores it changes nothing that is read; anything else must not pass."""
+
+
+@given(st.binary(max_size=400) | st.builds(lambda at, b: xml()[:at] + b + xml()[at:], st.integers(0, 20_000), SOLID))
+@settings(max_examples=100, deadline=None)
+def test_random_bytes_are_refused_and_never_crash(raw: bytes) -> None:
+    assert refused(raw).startswith(("FORMAT_GPU_", "GPU_RIM_"))
