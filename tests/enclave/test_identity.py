@@ -264,7 +264,7 @@ async def test_new_status_list_is_served_without_waiting_for_half_life(around: S
 
 
 def test_seal_refuses_a_register_that_is_not_zero(around: Surroundings) -> None:
-    with pytest.raises(RefusedError, match="BOOT_RTMR3"):
+    with pytest.raises(RefusedError, match="BOOT_RTMR3: RTMR3 is not zero"):
         _seal(around.tdx, [b"{}"])
 
 
