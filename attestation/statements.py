@@ -33,16 +33,20 @@ __all__ = ["Identified", "appraise_deployment", "appraise_release", "appraise_st
 
 _DSSE: Final = "DSSE v1; in-toto Statement v1"
 _WHO: Final = "vouchsafe RA-TLS profile, §3.8"
+_REFUSED: Final = "not judged: the evidence that would say so was refused"
 _UNREAD: Final = "not read: not the document that the claims name, or not enough pinned keys signed it"
 
 
 @dataclass(frozen=True, slots=True)
 class Identified:
-    """What only this enclave's evidence shows, asked of the operator's statement: platform of *this* quote, GPUs."""
+    """What only this enclave's evidence shows, asked of the operator's statement: platform of *this* quote, GPUs.
+
+    gpu_serials   identity serials; None when the GPU evidence was refused, empty when the policy asks for none
+    """
 
     piid: bytes | None
     ppid: bytes
-    gpu_serials: tuple[bytes, ...]
+    gpu_serials: tuple[bytes, ...] | None
 
 
 def appraise_release(
@@ -150,16 +154,24 @@ def _covers(
         "deployment.release", claims.release in s.releases, code="DEPLOYMENT_RELEASE",
         reason="the release is one the operator runs", expected=s.releases, actual=claims.release, cite=_WHO,
     )  # fmt: skip
-    checks.require(
-        "deployment.platform", who is not None and s.covers_platform(who.piid, who.ppid), code="DEPLOYMENT_PLATFORM",
-        reason="the platform of this quote is one of the operator's", expected=f"one of {len(s.platforms)}",
-        actual="unknown" if who is None else salted(s.salt, who.piid or who.ppid), cite=_WHO,
-    )  # fmt: skip
-    if s.gpus is not None:
-        found = frozenset(salted(s.salt, g) for g in (who.gpu_serials if who else ()))
+    if who is None:
+        checks.skip("deployment.platform", _REFUSED, cite=_WHO)
+    else:
+        checks.require(
+            "deployment.platform", s.covers_platform(who.piid, who.ppid), code="DEPLOYMENT_PLATFORM",
+            reason="the platform of this quote is one of the operator's", expected=f"one of {len(s.platforms)}",
+            actual=salted(s.salt, who.piid or who.ppid), cite=_WHO,
+        )  # fmt: skip
+    if s.gpus is None:
+        checks.skip("deployment.gpus", "the statement does not restrict GPUs", cite=_WHO)
+    elif who is None or who.gpu_serials is None:
+        checks.skip("deployment.gpus", _REFUSED, cite=_WHO)
+    else:
+        found = frozenset(salted(s.salt, g) for g in who.gpu_serials)
         checks.require(
             "deployment.gpus", bool(found) and found <= s.gpus, code="DEPLOYMENT_GPUS",
-            reason="every GPU is one of the operator's", expected=s.gpus, actual=found, cite=_WHO,
+            reason="every GPU is one of the operator's", expected=f"out of {len(s.gpus)}", actual=found or "none",
+            cite=_WHO,
         )  # fmt: skip
 
 
@@ -227,7 +239,7 @@ def _denied(
 ) -> list[str]:
     salt = statement.salt if statement else b""
     platforms = {salted(salt, i) for i in (who.piid, who.ppid) if i is not None} if who else set()
-    gpus = {salted(salt, g) for g in who.gpu_serials} if who else set()
+    gpus = {salted(salt, g) for g in who.gpu_serials or ()} if who else set()
     asked = {
         "release": claims.release in status.releases,
         "config": claims.config in status.configs,

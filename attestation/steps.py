@@ -106,7 +106,9 @@ def walk(
         _event_log(evidence.event_log, claims, quote, policy, checks)  # (5)
     gpu = _gpu(leaf, claims, endorsements, policy, manifest, now, checks)  # (6)
     # (5) second half: the statement speaks of the platform and GPUs just seen
-    serials = tuple(bytes.fromhex(d.ik_serial) for d in gpu.devices if d.kind == "gpu") if gpu else ()
+    serials: tuple[bytes, ...] | None = () if isinstance(policy.gpu, Skip) else None
+    if gpu is not None:
+        serials = tuple(bytes.fromhex(d.ik_serial) for d in gpu.devices if d.kind == "gpu")
     who = Identified(tdx.piid, tdx.ppid, serials) if tdx else None
     statement = appraise_deployment(evidence, claims, policy.deployment, who=who, now=now, checks=checks)
     status = appraise_status(evidence, claims, policy, manifest, statement, who=who, now=now, checks=checks)

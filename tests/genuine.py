@@ -59,8 +59,8 @@ from tests.devtee.tdx import CollateralSpec, QuoteForm
 from tests.devtee.tee import DevTee
 
 __all__ = [
-    "EXPORTER", "MODEL", "NAME", "NONCE", "NOW", "Drop", "Genuine", "Story", "any_reason", "genuine", "gpu_serial",
-    "machine", "operator_key", "policy_text", "signer_key",
+    "CONFIG", "EXPORTER", "MODEL", "NAME", "NONCE", "NOW", "SALT", "Drop", "Genuine", "Story", "any_reason", "genuine",
+    "gpu_serial", "leaf_key", "machine", "operator_key", "policy_text", "receipt_key", "signer_key",
 ]  # fmt: skip
 
 NOW: Final = 1_795_000_000
@@ -86,29 +86,41 @@ def any_reason(why: str = "this test does not look at it") -> dict[str, str]:
 
 
 @cache
-def machine(number: int = 0) -> Pki:
-    """The PKI of machine *number*: each is a world of its own, roots included."""
+def _machine(number: int) -> Pki:
     return Pki.fresh(MACHINE_GPUS)
 
 
 @cache
-def operator_key(number: int = 0) -> Ed25519PrivateKey:
+def _ed25519(purpose: str, number: int) -> Ed25519PrivateKey:
     return Ed25519PrivateKey.generate()
 
 
 @cache
-def signer_key(number: int = 0) -> Ed25519PrivateKey:
-    return Ed25519PrivateKey.generate()
-
-
-@cache
-def leaf_key(number: int = 0) -> ec.EllipticCurvePrivateKey:
+def _p256(number: int) -> ec.EllipticCurvePrivateKey:
     return ec.generate_private_key(ec.SECP256R1())
 
 
-@cache
+def machine(number: int = 0) -> Pki:
+    """The PKI of machine *number*: each is a world of its own, roots included."""
+    return _machine(number)
+
+
+def operator_key(number: int = 0) -> Ed25519PrivateKey:
+    """0 to 2 are pinned by the honest policy."""
+    return _ed25519("operator", number)
+
+
+def signer_key(number: int = 0) -> Ed25519PrivateKey:
+    """Of release manifests; 0 to 2 are pinned by the honest policy."""
+    return _ed25519("signer", number)
+
+
 def receipt_key(number: int = 0) -> Ed25519PrivateKey:
-    return Ed25519PrivateKey.generate()
+    return _ed25519("receipt", number)
+
+
+def leaf_key(number: int = 0) -> ec.EllipticCurvePrivateKey:
+    return _p256(number)
 
 
 def gpu_serial(pki: Pki, index: int) -> bytes:
