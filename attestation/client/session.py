@@ -29,6 +29,7 @@ from attestation.errors import FormatError, InputError, PolicyError, RefusedErro
 from attestation.policy import ChannelPolicy, Policy, Skip
 from attestation.ratls import Leaf
 from attestation.result import AttestationResult
+from attestation.tdx import CrlNumbers
 from attestation.verifier import verify, verify_channel
 
 __all__ = ["AttestedSession"]
@@ -74,6 +75,7 @@ class AttestedSession:
         self._fetching = threading.Lock()
         self._bundles: dict[bytes, Bundle] = {}  # by leaf digest, oldest first
         self._known: dict[bytes, _Known] = {}  # likewise
+        self._crl_floor = CrlNumbers()  # a CRL that this session has seen is not followed by an older one
         self._context: AttestedContext | None = None
         self.last_result: AttestationResult | None = None
 
@@ -103,10 +105,18 @@ class AttestedSession:
                 return
             if self._cache is not None and not self._bundles:
                 with contextlib.suppress(OSError, FormatError):
-                    self._keep(Bundle.decode(self._cache.read_bytes()))
+                    self.offer(Bundle.decode(self._cache.read_bytes()))
                 if self._newest_valid():
                     return
-            self._keep(Bundle.decode(fetch_evidence(self.target, seconds=self._seconds)))
+            self.offer(Bundle.decode(fetch_evidence(self.target, seconds=self._seconds)))
+
+    def offer(self, bundle: Bundle) -> None:
+        """Evidence that the caller has from anywhere; it is judged when a connection shows its certificate."""
+        digest = hashlib.sha256(bundle.evidence.leaf).digest()
+        with self._lock:
+            self._bundles.pop(digest, None)
+            self._bundles[digest] = bundle
+            _trim(self._bundles)
 
     def verify_once(self) -> AttestationResult:
         """Dial, verify, prove the channel, hang up. Returns the verdict, refusals included.
@@ -171,7 +181,9 @@ class AttestedSession:
                 answer.expect_ok("the channel proof"), nonce=nonce, exporter=handshake.exporter(nonce)
             )
             evidence, endorsements = known.bundle.evidence, known.bundle.endorsements
-            result = verify_channel(result, evidence, endorsements, self.policy, proof, now=int(self._clock()))
+            result = verify_channel(
+                result, evidence, endorsements, self.policy, proof, now=int(self._clock()), crl_floor=self._crl_floor
+            )
             if not result.accepted:
                 self._refuse(result)
         self.last_result = result
@@ -190,7 +202,9 @@ class AttestedSession:
         return bundle, self._verify(bundle, now)
 
     def _verify(self, bundle: Bundle, now: int) -> AttestationResult:
-        return verify(bundle.evidence, bundle.endorsements, self.policy, now=now, name=self.name)
+        return verify(
+            bundle.evidence, bundle.endorsements, self.policy, now=now, name=self.name, crl_floor=self._crl_floor
+        )
 
     def _refuse(self, result: AttestationResult) -> None:
         self.last_result = result
@@ -207,17 +221,11 @@ class AttestedSession:
         except FormatError:
             return False
 
-    def _keep(self, bundle: Bundle) -> None:
-        digest = hashlib.sha256(bundle.evidence.leaf).digest()
-        with self._lock:
-            self._bundles.pop(digest, None)
-            self._bundles[digest] = bundle
-            _trim(self._bundles)
-
     def _remember(self, digest: bytes, bundle: Bundle, result: AttestationResult) -> _Known:
         known = _Known(bundle, result)
-        self._keep(bundle)
+        self.offer(bundle)
         with self._lock:
+            self._crl_floor = self._crl_floor.merge(CrlNumbers(**result.claims["tdx"]["crl_numbers"]))
             self._known.pop(digest, None)
             self._known[digest] = known
             _trim(self._known)

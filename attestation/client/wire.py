@@ -104,7 +104,7 @@ class Exchange:
                 if event is h11.NEED_DATA:
                     return None
                 if isinstance(event, h11.Response):
-                    self._head = event
+                    self._take_head(event)
                 elif isinstance(event, h11.Data):
                     self._take(event.data)
                 elif isinstance(event, h11.EndOfMessage):
@@ -113,6 +113,11 @@ class Exchange:
                     raise _broken("the connection ended before the answer")
         except h11.RemoteProtocolError as err:
             raise _broken(str(err)) from err
+
+    def _take_head(self, head: h11.Response) -> None:
+        if head.http_version != b"1.1":
+            raise _broken("another version of HTTP")
+        self._head = head
 
     def _take(self, data: bytes | bytearray) -> None:
         # The peer chooses this length: cap it before it is kept.
@@ -127,7 +132,7 @@ class Exchange:
         headers = {bytes(k): bytes(v) for k, v in self._head.headers}
         if b"content-encoding" in headers:
             raise _broken("the answer is encoded")
-        if self._head.http_version != b"1.1" or self._http.our_state is h11.MUST_CLOSE:
+        if self._http.our_state is h11.MUST_CLOSE:
             raise _broken("the answer ends the connection")
         return Answer(self._head.status_code, bytes(self._body), headers.get(b"retry-after", b"").decode("latin-1"))
 

@@ -81,7 +81,8 @@ class Server:
             certificate, key = plain_certificate()
         self.routes: dict[str, Handler | bytes] = {}
         self.connections: list[Connection] = []
-        self._context = self._build(certificate, key, extra, max_version, tickets)
+        self.extra, self.max_version, self.tickets = extra, max_version, tickets
+        self._context = self._build(certificate, key)
         self.leaf = certificate.public_bytes(Encoding.DER)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._threads: list[threading.Thread] = []
@@ -90,30 +91,23 @@ class Server:
         self._accepting = threading.Thread(target=self._accept, daemon=True)
         self._accepting.start()
 
-    @staticmethod
-    def _build(
-        certificate: x509.Certificate,
-        key: ec.EllipticCurvePrivateKey,
-        extra: tuple[x509.Certificate, ...],
-        max_version: int,
-        tickets: bool,
-    ) -> SSL.Context:
+    def _build(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> SSL.Context:
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
-        context.set_max_proto_version(max_version)
-        if not tickets:
+        context.set_max_proto_version(self.max_version)
+        if not self.tickets:
             context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
             context.set_options(SSL.OP_NO_TICKET)
         context.use_certificate(certificate)
         context.use_privatekey(key)
-        for other in extra:
+        for other in self.extra:
             context.add_extra_chain_cert(other)
         context.set_alpn_select_callback(lambda _c, offered: b"http/1.1" if b"http/1.1" in offered else offered[0])
         return context
 
     def use(self, certificate: x509.Certificate, key: ec.EllipticCurvePrivateKey) -> None:
         """Show another certificate from the next connection on."""
-        self._context = self._build(certificate, key, (), SSL.TLS1_3_VERSION, False)
+        self._context = self._build(certificate, key)
         self.leaf = certificate.public_bytes(Encoding.DER)
 
     @property
