@@ -81,6 +81,7 @@ def test_the_form_that_the_cases_start_from_is_read() -> None:
         ("one byte", b"\x30"),
         ("bytes after it", composite() + b"\0\0"),
         ("cut short", composite()[:-1]),
+        ("a length beyond the end", composite()[:2] + bytes([composite()[2] + 1]) + composite()[3:]),
         ("version 2", composite(version=2)),
         ("a digest of 32 bytes", composite(digest=bytes(32))),
         ("SHA-256 named", composite(oid="2.16.840.1.101.3.4.2.1")),

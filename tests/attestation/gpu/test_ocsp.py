@@ -164,6 +164,23 @@ def test_certificate_of_a_responder_beside_the_signature_of_another_is_refused()
     assert refused(made(false, shown=true, encoding=by_name)) == "GPU_OCSP_SIGNATURE"
 
 
+def test_answer_that_names_another_responder_is_refused_though_its_signature_holds() -> None:
+    """One byte of the responder id changed before signing: the answer is cut open and signed again."""
+    own = responder()
+    raw = made(own)
+    old = ocsp.load_der_ocsp_response(raw)
+    named = old.responder_key_hash
+    assert named is not None
+    tbs = old.tbs_response_bytes.replace(named, bytes([named[0] ^ 1]) + named[1:])
+    new = b""
+    while len(new) != len(old.signature):  # 101 to 104 bytes, mostly 103: the lengths around it must stay true
+        new = own.key.sign(tbs, ec.ECDSA(hashes.SHA384()))
+    forged = raw.replace(old.tbs_response_bytes, tbs).replace(old.signature, new)
+    shown = ocsp.load_der_ocsp_response(forged)
+    own.key.public_key().verify(shown.signature, shown.tbs_response_bytes, ec.ECDSA(hashes.SHA384()))
+    assert refused(forged) == "GPU_OCSP_SIGNATURE"
+
+
 def test_authentic_revocation_wins_over_every_good_answer() -> None:
     pki = tee().pki
     good = answer(pki, "device-ik-0", NOW, OcspSpec())
