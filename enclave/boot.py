@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
-import json
 import os
 import signal
 import socket
-import stat
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -39,7 +36,7 @@ from attestation.attester import TeeAttester
 from attestation.attester.gpu import GpuAttester
 from attestation.attester.tdx import TdxAttester
 from attestation.errors import InputError, PolicyError, RefusedError, VouchsafeError
-from attestation.policy import Policy, Skip
+from attestation.policy import Policy
 from attestation.tdx import append_records, rtmr3_items, rtmr_after
 from enclave import engine as engines
 from enclave import hardening, telemetry
@@ -51,6 +48,7 @@ from enclave.channel import ChannelProver
 from enclave.clock import Clock
 from enclave.documents import read_statements
 from enclave.engine import Engine, processes
+from enclave.inputs import appraisal_policy, golden_answers, own_runtime, private_directory
 from enclave.issuer import DRAIN, Draft, Issuer
 from enclave.keys import KeyRing
 from enclave.producer import Producer, Worker
@@ -66,8 +64,6 @@ STAGES: Final = (
     "configuration", "hardening", "gpu probe", "weights", "keys", "gpu evidence", "rtmr3", "quote", "certificate",
     "engine", "listen",
 )  # fmt: skip
-MAX_POLICY: Final = 256 * 1024
-MAX_GOLDEN: Final = 1024 * 1024
 STOP_DRAIN: Final = 30
 """Seconds that running answers get when the enclave is asked to stop."""
 CHILD_PATIENCE: Final = 3.0
@@ -153,9 +149,9 @@ class Boot:
 
     async def _configuration(self) -> str:
         self.settings = settings = Settings.load(self._config)
-        self.policy = _policy(settings)
+        self.policy = appraisal_policy(settings)
         self._release = read_statements(settings.paths.statements).release
-        self._lock = _own(settings.paths.runtime)
+        self._lock = own_runtime(settings.paths.runtime)
         self._socket = bind(settings.listen)
         return f"sha256 {settings.digest.hex()[:16]}…{', DEVELOPMENT policy' if self.policy.development else ''}"
 
@@ -239,8 +235,8 @@ class Boot:
     async def _engine(self) -> str:
         for index, model in enumerate(self.settings.models):
             self._console.say(f"boot 10/{len(STAGES)} engine: starting {model.id} (profile {model.profile})")
-            golden = _golden(model.golden) if model.golden is not None else None
-            engine = self._load_engine(model, _private(self.settings.paths.runtime / f"engine-{index}"))
+            golden = golden_answers(model.golden) if model.golden is not None else None
+            engine = self._load_engine(model, private_directory(self.settings.paths.runtime / f"engine-{index}"))
             self.engines[model.id] = engine  # before its start: what has begun is stopped
             await engine.start()
             if golden is not None:
@@ -319,10 +315,21 @@ class Boot:
             self._socket.close()
             if self.settings.listen.kind == "unix":
                 self.settings.listen.path.unlink(missing_ok=True)
-        killed = await processes.end(processes.descendants(), patience=CHILD_PATIENCE)
+        killed = await processes.end(_children(), patience=CHILD_PATIENCE)
         if self._lock is not None:
             self._lock.close()
         return killed
+
+
+def _children() -> dict[int, str]:
+    """Our living descendants, but for Python's resource tracker: it ends with us, after it has removed shared memory
+    that a killed engine left."""
+    found = processes.descendants()
+    for pid in list(found):
+        with contextlib.suppress(OSError):
+            if b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                del found[pid]
+    return found
 
 
 async def serve(config: Path, console: Console, load_engine: LoadEngine) -> int:
@@ -400,75 +407,6 @@ def _report(failed: BootFailed, console: Console) -> int:
     if error.hint:
         console.say(f"  hint: {error.hint}")
     return 2 if isinstance(error, InputError | PolicyError) else 1
-
-
-def _policy(settings: Settings) -> Policy:
-    """The appraisal policy, whose bytes the configuration pins."""
-    with settings.appraisal.policy.open("rb") as file:
-        raw = file.read(MAX_POLICY + 1)
-    digest = hashlib.sha256(raw).digest()
-    if digest != settings.appraisal.sha256:
-        raise InputError(
-            "INPUT_APPRAISAL",
-            f"the appraisal policy {settings.appraisal.policy} is not the one the configuration pins",
-            expected=settings.appraisal.sha256,
-            actual=digest,
-            hint="restore the file, or measure the new one into the configuration",
-        )
-    try:
-        policy = Policy.parse(raw.decode("utf-8"))
-    except UnicodeDecodeError as err:
-        raise InputError("INPUT_APPRAISAL", "the appraisal policy is not UTF-8") from err
-    if (settings.gpu.count > 0) == isinstance(policy.gpu, Skip):
-        raise InputError(
-            "INPUT_APPRAISAL",
-            "configuration and appraisal policy disagree about the GPU",
-            expected="a [gpu] table exactly when [gpu] count is above 0",
-            actual=f"count {settings.gpu.count}",
-            hint="correct the count, or measure a policy for this kind of machine into the configuration",
-        )
-    return policy
-
-
-def _own(runtime: Path) -> IO[str]:
-    """The runtime directory, private and ours alone while the lock is held."""
-    lock = (_private(runtime) / "lock").open("w", encoding="ascii")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as err:
-        lock.close()
-        raise InputError(
-            "INPUT_RUNTIME_BUSY", f"another enclave runs in {runtime}", hint="stop it, or configure another `runtime`"
-        ) from err
-    return lock
-
-
-def _private(folder: Path) -> Path:
-    """*folder*, made when absent, with mode 0700 and our owner: sockets that carry plaintext lie in it."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as err:
-        raise InputError("INPUT_RUNTIME", f"cannot make {folder}: {err.strerror}") from err
-    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-        raise InputError(
-            "INPUT_RUNTIME", f"{folder} is open to others", expected="mode 0700, our owner", hint=f"chmod 700 {folder}"
-        )
-    return folder
-
-
-def _golden(path: Path) -> list[dict[str, Any]]:  # Any: JSON values, checked by the self-test
-    with path.open("rb") as file:
-        raw = file.read(MAX_GOLDEN + 1)
-    try:
-        golden = json.loads(raw) if len(raw) <= MAX_GOLDEN else None
-    except ValueError:
-        golden = None
-    if not isinstance(golden, list) or not all(isinstance(g, dict) for g in golden):
-        raise InputError(
-            "INPUT_GOLDEN", f"{path} holds no golden answers", expected="a JSON list of objects, at most 1 MiB"
-        )
-    return golden
 
 
 def _seal(tdx: TeeAttester, items: list[bytes]) -> bytes:
