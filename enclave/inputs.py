@@ -1,7 +1,7 @@
 """What the boot reads or claims beside the configuration: appraisal policy, golden answers, the runtime directory.
 
 Runs in the enclave at the first stage, and before an engine starts. Policy and answers are files whose digests the
-measured configuration or image covers; the directory must be ours alone, because sockets that carry plaintext lie in it.
+measured configuration or image covers; the directory must be ours alone: sockets that carry plaintext lie in it.
 """
 
 from __future__ import annotations

@@ -309,7 +309,8 @@ class Issuer:
     async def _settle(self, successor: Identity) -> None:
         """Wait a moment before the swap: a client whose clock is a little behind would refuse a leaf so young."""
         pause = min(30, self._settings.lifetime // 8)
-        while (now := self._clock.now()) < successor.not_before + pause and now < self.current.not_after - pause:
+        until = successor.not_before + pause
+        while (now := self._clock.now()) < until and now < self.current.not_after - pause:  # noqa: ASYNC110 - a clock
             await asyncio.sleep(self._poll)
 
     def _state(self, state: GpuState) -> GpuStateClaim:
