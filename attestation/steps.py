@@ -313,8 +313,9 @@ def _keyset(raw: bytes, leaf: Leaf, claims: Claims, now: int, checks: Checks) ->
     )
     if keyset is None:
         return
+    # Over the bytes as served, which are the JCS form: one spelling of the document, as of everything else.
     checks.equal(
-        "keyset.digest", "sha256:" + claims.keyset.hex(), keyset.digest, code="EVIDENCE_DIGEST",
+        "keyset.digest", claims.keyset, hashlib.sha256(raw).digest(), code="EVIDENCE_DIGEST",
         reason="the keyset is the one the quote commits to", cite=RATLS,
     )  # fmt: skip
     domains = {d for _, d in keyset.tls if d is not None}

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -59,8 +59,8 @@ from tests.devtee.tdx import CollateralSpec, QuoteForm
 from tests.devtee.tee import DevTee
 
 __all__ = [
-    "CONFIG", "EXPORTER", "MODEL", "NAME", "NONCE", "NOW", "SALT", "Drop", "Genuine", "Story", "any_reason", "genuine",
-    "gpu_serial", "leaf_key", "machine", "operator_key", "policy_text", "receipt_key", "signer_key",
+    "CONFIG", "EXPORTER", "MODEL", "NAME", "NONCE", "NOW", "SALT", "Drop", "Genuine", "Shown", "Story", "any_reason",
+    "genuine", "gpu_serial", "leaf_key", "machine", "operator_key", "policy_text", "receipt_key", "signer_key",
 ]  # fmt: skip
 
 NOW: Final = 1_795_000_000
@@ -145,6 +145,29 @@ def _gpu_evidence(number: int, nonce: bytes, indices: tuple[int, ...]) -> bytes:
     return encode_gpu(from_nvidia_json(DevTee(machine(number)).gpu_evidence(nonce, indices), []))
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What `build_leaf` reads of claims, with the two halves told apart: X.509 from *outside*, bytes from *inside*."""
+
+    outside: Claims
+    inside: bytes
+
+    @property
+    def dns_names(self) -> tuple[str, ...]:
+        return self.outside.dns_names
+
+    @property
+    def not_before(self) -> int:
+        return self.outside.not_before
+
+    @property
+    def not_after(self) -> int:
+        return self.outside.not_after
+
+    def encode(self) -> bytes:
+        return self.inside
+
+
 def _same(value: Any) -> Any:  # Any: whatever the field holds
     return value
 
@@ -158,8 +181,8 @@ class Story:
     The boot         items_edit (RTMR3 items as measured), log_items_edit (as logged), extra_after_seal,
                      event_log_edit (the log as served)
     The certificate  key (of enclave and claims), certificate_key (another one in the leaf), names, leaf_edit, lifetime,
-                     issued_at
-    The claims       claims_edit; quoted_edit (the claims that the quote covers instead)
+                     issued_at; certificate_edit (claims whose names and times stand in X.509 instead)
+    The claims       claims_edit; claims_bytes_edit (as carried and quoted); quoted_edit (what the quote covers instead)
     GPU evidence     gpu_machine (whose devices answer), gpu_nonce_edit, gpu_key (whose nonce), gpu_edit (as carried),
                      gpu_issued_at, state (fields of the claim)
     What people sign manifest, manifest_keys, manifest_type, release_edit (the envelope); so for statement and status
@@ -188,7 +211,9 @@ class Story:
     leaf_edit: Callable[[bytes], bytes] = _same
     lifetime: int = 3600
     issued_at: int = NOW
+    certificate_edit: Callable[[Claims], Claims] = _same
     claims_edit: Callable[[Claims], Claims] = _same
+    claims_bytes_edit: Callable[[bytes], bytes] = _same
     quoted_edit: Callable[[Claims], Claims] = _same
     report_data_edit: Callable[[bytes], bytes] = _same
     gpu_machine: int | None = None
@@ -247,11 +272,13 @@ class Story:
                 models=self.models,
             )
         )
-        covered = self.report_data_edit(binding.report_data(self.quoted_edit(claims).encode()))
+        inside = self.claims_bytes_edit(claims.encode())
+        told = inside if self.quoted_edit is _same else self.quoted_edit(claims).encode()
+        covered = self.report_data_edit(binding.report_data(told))
         quote = tee.quote(covered, td=tee.changed(**self.td), form=self.quote_form)
         leaf = build_leaf(
             key if self.certificate_key is None else leaf_key(self.certificate_key),
-            claims,
+            cast(Claims, Shown(self.certificate_edit(claims), inside)),
             quote,
             None if carried is None else self.gpu_edit(carried),
         )

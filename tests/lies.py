@@ -141,6 +141,22 @@ def _leaf() -> Mapping[str, Lie]:
         "the evidence in another key's certificate": (
             {"certificate_key": 1}, ("CLAIMS_KEY", "GPU_NONCE", "KEYSET_KEY"),
         ),
+        "claims and certificate differ in the end": (
+            {"certificate_edit": claims(not_after=NOW + 3599)}, ("CLAIMS_TIMES",),
+        ),
+        "claims and certificate differ in the beginning": (
+            {"certificate_edit": claims(not_before=NOW + 1)}, ("CLAIMS_TIMES",),
+        ),
+        "the certificate has a name more": (
+            {"certificate_edit": claims(dns_names=(NAME, "spare.vouchsafe.test"))}, ("CLAIMS_NAMES",),
+        ),
+        "the name dialled stands in the certificate alone": (
+            {"certificate_edit": claims(dns_names=("bank.test",)), "name": "bank.test"}, ("CLAIMS_NAMES", "LEAF_NAME"),
+        ),
+        "claims that are no claims": ({"claims_bytes_edit": lambda raw: b"\xa0"}, ("FORMAT_CLAIMS",)),
+        "claims in another encoding": (
+            {"claims_bytes_edit": lambda raw: b"\xb8" + bytes([raw[0] & 31]) + raw[1:]}, ("FORMAT_CBOR",),
+        ),
         "claims name another key": ({"claims_edit": claims(key_hash=b"k" * 48)}, ("CLAIMS_KEY",)),
     }  # fmt: skip
 
@@ -204,6 +220,11 @@ def _release() -> Mapping[str, Lie]:
         ),
         "a genuine manifest that is not the one claimed": (
             {"release_edit": lambda raw: genuine(manifest={"version": "2025.1"}).evidence.release}, names_none,
+        ),
+        "a signed manifest that cannot be read": (
+            {"release_edit": resealed(lambda p: p + b" x", signer_key()),
+             "claims_edit": lambda c: dataclasses.replace(c, release=_with_tail(genuine().evidence.release))},
+            ("FORMAT_RELEASE", "TDX_RTMR3", "DEPLOYMENT_RELEASE"),
         ),
         "the manifest has ended": ({"manifest": {"max_age_days": 1}}, ("RELEASE_DATES",)),
         "other weights": (
@@ -370,15 +391,14 @@ def _deployment() -> Mapping[str, Lie]:
         ),
         "a signed statement that cannot be read": (
             {"deployment_edit": resealed(lambda p: p + b" x", operator_key()),
-             "claims_edit": lambda c: dataclasses.replace(c, deployment=_digest_with_tail(c))},
+             "claims_edit": lambda c: dataclasses.replace(c, deployment=_with_tail(genuine().evidence.deployment))},
             ("FORMAT_DEPLOYMENT",),
         ),
     }  # fmt: skip
 
 
-def _digest_with_tail(honest: Claims) -> bytes:
-    raw = json.loads(genuine().evidence.deployment)["payload"]
-    return hashlib.sha256(base64.b64decode(raw) + b" x").digest()
+def _with_tail(raw: bytes) -> bytes:
+    return hashlib.sha256(base64.b64decode(json.loads(raw)["payload"]) + b" x").digest()
 
 
 def _status() -> Mapping[str, Lie]:
@@ -434,6 +454,9 @@ def _keyset() -> Mapping[str, Lie]:
         "a claimed keyset that names another TLS key": (naming(foreign_keyset), ("KEYSET_KEY",)),
         "a claimed keyset that names a second TLS key": (
             naming(second_tls_key), ("KEYSET_KEY",),
+        ),
+        "the keyset in another spelling": (
+            {"keyset_edit": lambda raw: json.dumps(json.loads(raw)).encode()}, ("EVIDENCE_DIGEST",),
         ),
         "a keyset for another name": ({"keyset": {"domain": "bank.test"}}, ("KEYSET_KEY",)),
         "a keyset that has ended": ({"keyset": {"not_after": NOW + 59}}, ("KEYSET_DATES",)),
