@@ -294,6 +294,16 @@ def test_no_changed_byte_of_a_real_manifest_is_accepted(name: str) -> None:
 
 
 @pytest.mark.vectors
+def test_unused_bits_of_base64_are_refused() -> None:
+    """`Bp4=` and `Bp5=` decode to the same bytes; one spelling is accepted."""
+    need_vectors()
+    text = genuine(VECTORS / "gpu" / "h100-550.90.07-full").rims[DRIVER]
+    assert text.count(b"Bp4=\n") == 1 and base64.b64decode(b"Bp4=") == base64.b64decode(b"Bp5=")
+    with pytest.raises(FormatError, match="FORMAT_GPU_RIM"):
+        Rim.parse(text.replace(b"Bp4=\n", b"Bp5=\n"), root=roots.NVIDIA_RIM_ROOT)
+
+
+@pytest.mark.vectors
 def test_all_real_manifests_have_the_form_asked_for() -> None:
     need_vectors()
     seen = set()
