@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["AttestedObject", "AttestedSocket"]
 
 READ: Final = 64 * 1024
+RECORD_HEAD: Final = 5
+"""Type, version, length (RFC 8446 §5.1)."""
 
 
 class _Facts:
@@ -94,6 +96,7 @@ class AttestedObject(_Facts):
     ) -> None:
         self._link, self.context, self.server_hostname = link, context, name
         self._incoming, self._outgoing = incoming, outgoing
+        self._head, self._wanted = b"", 0  # of the record that is being taken in
         self._ended = False
 
     def do_handshake(self) -> None:
@@ -134,9 +137,17 @@ class AttestedObject(_Facts):
                 self._flush()
 
     def _fill(self) -> bool:
-        # Taken only when TLS asks for it, so that a paused reader leaves bytes where its library counts them.
-        data = self._incoming.read()
+        # One TLS record at a time, and only when TLS asks for it: what lies beyond stays in the library's own BIO,
+        # where it counts it. uvloop stops reading when that BIO and `pending()` are both empty.
+        if not self._wanted:
+            self._head += self._incoming.read(RECORD_HEAD - len(self._head))
+            if len(self._head) == RECORD_HEAD:
+                self._wanted = int.from_bytes(self._head[3:], "big")
+                self._link.feed(self._head)
+                self._head = b""
+        data = self._incoming.read(self._wanted) if self._wanted else b""
         if data:
+            self._wanted -= len(data)
             self._link.feed(data)
             return True
         if self._incoming.eof and not self._ended:
