@@ -11,7 +11,7 @@ ifeq ($(VOUCHSAFE_VECTORS),)
 unexport VOUCHSAFE_VECTORS
 endif
 
-.PHONY: help system setup demo run test check format bench interop lock clean
+.PHONY: help system setup demo run test check format bench fuzz interop lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,12 @@ format: setup ## let ruff put the code in shape
 interop: setup ## evidence of the development TEE judged by NVIDIA's own verifier, in an environment of its own
 	sh tests/interop/setup_nvidia.sh
 	$(PY) -m pytest -q tests/interop
+
+bench: setup ## ratios against peers in one run, build/bench.json
+	$(PY) -m tests.bench
+
+fuzz: setup ## coverage-guided fuzzing of every parser that reads the other side's bytes (SECONDS=60 each)
+	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 lock: setup ## refresh the lock from its .in file, showing what changed
 	$(PY) images/locks/lock.py images/locks/cpu-py311.in
