@@ -98,6 +98,11 @@ def test_a_tag_is_read_where_the_caller_names_it_and_nowhere_else() -> None:
     assert "tag" in refuse(raw, tags=frozenset({60001})).reason
 
 
+@pytest.mark.parametrize("raw", [b"\x42a", b"\x5b" + b"\xff" * 8, b"\x9b\x7f" + b"\xff" * 7, b"\xbb" + b"\xff" * 8])
+def test_a_length_beyond_the_input_is_named_as_that(raw: bytes) -> None:
+    assert refuse(raw).reason == "a length beyond the input"
+
+
 def test_depth_beyond_the_cap_is_refused_without_recursion() -> None:
     assert cbor.decode(b"\x81" * 8 + b"\x01", max_size=100)
     assert "deep" in refuse(b"\x81" * 9 + b"\x01").reason
