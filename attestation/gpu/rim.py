@@ -12,6 +12,9 @@ A RIM is SWID XML (ISO/IEC 19770-2) with an enveloped XML signature (W3C XML Sig
 
 (1) to (5) do not depend on the time and are memoised, so that eight GPUs pay for a RIM once; (6) is judged per call.
 The carrier of a RIM is not trusted, nor is its name: version and product are compared with the report. Pure.
+
+lxml and signxml are imported when the first RIM is read: they are a fifth of what `import attestation.verifier` costs,
+and evidence without a GPU never needs them.
 """
 
 from __future__ import annotations
@@ -25,11 +28,6 @@ from datetime import UTC, datetime
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final
-
-from lxml import etree  # type: ignore[import-untyped]  # lxml ships no types
-from signxml.algorithms import CanonicalizationMethod, DigestAlgorithm, SignatureMethod
-from signxml.exceptions import SignXMLException
-from signxml.verifier import SignatureConfiguration, XMLVerifier
 
 from attestation.errors import FormatError, RefusedError
 from attestation.gpu.certificates import Certificate, check_chain
@@ -161,6 +159,8 @@ def _common(ders: Sequence[bytes]) -> int:
 
 
 def _tree(xml: bytes) -> Any:  # Any: lxml ships no types
+    from lxml import etree  # type: ignore[import-untyped]  # lxml ships no types
+
     if len(xml) > MAX_RIM:
         raise _bad("it is too long", expected=f"at most {MAX_RIM} bytes", actual=len(xml))
     body = xml[m.end() :] if (m := _DECLARATION.match(xml)) else xml
@@ -177,6 +177,8 @@ def _tree(xml: bytes) -> Any:  # Any: lxml ships no types
 
 
 def _parser() -> Any:  # Any: lxml ships no types
+    from lxml import etree
+
     return etree.XMLParser(
         resolve_entities=False, no_network=True, load_dtd=False, dtd_validation=False, attribute_defaults=False,
         huge_tree=False, encoding="ascii",
@@ -210,6 +212,11 @@ def _base64(element: Any) -> bytes:  # Any: lxml ships no types
 
 def _verified(xml: bytes, signer: Certificate) -> Any:  # Any: lxml ships no types
     """The signed element, re-read from the very bytes that were digested."""
+    from lxml import etree
+    from signxml.algorithms import CanonicalizationMethod, DigestAlgorithm, SignatureMethod
+    from signxml.exceptions import SignXMLException
+    from signxml.verifier import SignatureConfiguration, XMLVerifier
+
     tree = _tree(xml)
     for name in ("DigestValue", "SignatureValue"):
         for element in tree.iter(_DS + name):
