@@ -60,6 +60,7 @@ def test_h100_profile_boots_and_repeats_its_stored_answers(attester: GpuAttester
         pytest.skip("set VOUCHSAFE_TEST_MODEL and VOUCHSAFE_TEST_GOLDEN")
     import json
 
+    answers = json.loads(Path(golden).read_text())
     from enclave import engine
     from enclave.settings import ModelSettings
     from enclave.weights import file_list_digest
@@ -70,7 +71,7 @@ def test_h100_profile_boots_and_repeats_its_stored_answers(attester: GpuAttester
         served = engine.load(settings, tmp_path)
         try:
             await served.start()
-            await served.self_test(json.loads(Path(golden).read_text()))
+            await served.self_test(answers)
         finally:
             await served.stop()
 
