@@ -15,15 +15,15 @@ import base64
 import hashlib
 import re
 import tomllib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, NoReturn, TypeVar
+from typing import Final, Literal
 
 from cryptography import x509
 
 from attestation import roots as built_in
 from attestation.dsse import small_order
 from attestation.errors import PolicyError
+from attestation.policy_table import Skip, Table
 
 __all__ = [
     "ChannelPolicy",
@@ -36,8 +36,6 @@ __all__ = [
     "TdxPolicy",
     "platform_policy",
 ]
-
-T = TypeVar("T")
 
 MAX_POLICY: Final = 256 * 1024
 GPU_STAGES: Final = (
@@ -66,13 +64,6 @@ TCB_STATUSES: Final = frozenset(
     }
 )
 """What a policy may allow. `OutOfDateConfigurationNeeded` and `Revoked` are refused under every policy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Skip:
-    """A check left out on purpose, with the reason that every result prints. Written `{ any = "why" }`."""
-
-    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +188,11 @@ class Policy:
             raise PolicyError(
                 "POLICY_TOML", f"not valid TOML: {err}", hint="a key that stands twice is an error too"
             ) from err
-        return _policy(_Table(document, ""), hashlib.sha256(text.encode()).digest())
+        return _policy(Table(document, ""), hashlib.sha256(text.encode()).digest())
+
+
+_NO_COUNT: Final = Skip("no count given")
+_NO_MODE: Final = Skip("no mode given")
 
 
 def platform_policy(
@@ -205,20 +200,20 @@ def platform_policy(
     roots: Roots = BUILT_IN_ROOTS,
     min_tcb_evaluation: int | Skip = 19,
     gpu_require: frozenset[str] = frozenset(GPU_STAGES),
-    gpu_count: int | Skip = Skip("no count given"),
-    gpu_switches: int | Skip = Skip("no count given"),
-    gpu_mode: Literal["spt", "ppcie", "mpt"] | Skip = Skip("no mode given"),
+    gpu_count: int | Skip = _NO_COUNT,
+    gpu_switches: int | Skip = _NO_COUNT,
+    gpu_mode: Literal["spt", "ppcie", "mpt"] | Skip = _NO_MODE,
 ) -> Policy:
     """The built-in policy `platform`: everything about the platform, nothing about what runs on it.
 
     A client refuses to connect under it. The default of the offline commands."""
     why = "policy `platform` appraises the platform only: compare with a release manifest"
     absent = Skip("policy `platform` appraises the platform only")
-    stated = f"platform floor={min_tcb_evaluation} roots={roots.built_in} require={sorted(gpu_require)}"
+    stated = f"platform floor={min_tcb_evaluation} require={sorted(gpu_require)} {gpu_count} {gpu_switches} {gpu_mode}"
     return Policy(
         name="platform",
         development=not roots.built_in,
-        digest=hashlib.sha256(stated.encode()).digest(),
+        digest=_mixed(hashlib.sha256(stated.encode()).digest(), roots),
         roots=roots,
         tdx=TdxPolicy(
             tcb_status=frozenset({"UpToDate"}),
@@ -249,110 +244,21 @@ def platform_policy(
 
 
 def with_roots(policy: Policy, roots: Roots) -> Policy:
-    """*policy* under other roots: an offline command's `--root`. The verdict is then marked development."""
-    return replace(policy, roots=roots, development=policy.development or not roots.built_in)
+    """*policy* under other roots: an offline command's `--root`. The verdict is then marked development, and the digest
+    is no more that of the text: whoever keeps verdicts by digest must not mix the two."""
+    if roots == policy.roots:
+        return policy
+    development = policy.development or not roots.built_in
+    return replace(policy, roots=roots, development=development, digest=_mixed(policy.digest, roots))
 
 
-class _Table:
-    """A TOML table read field by field; what is left unread at the end is an unknown key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:  # Any: TOML values
-        self._values, self._where, self._seen = values, where, set[str]()
-
-    def name(self, key: str) -> str:
-        return f"{self._where}.{key}" if self._where else key
-
-    def bad(self, key: str, expected: str, actual: object, code: str = "POLICY_VALUE") -> NoReturn:
-        raise PolicyError(
-            code, f"policy field {self.name(key)} cannot be used", expected=expected, actual=actual,
-            hint='to leave a check out on purpose write { any = "the reason" }',
-        )  # fmt: skip
-
-    def take(self, key: str, kind: type | tuple[type, ...], expected: str) -> Any:  # Any: checked against kind
-        self._seen.add(key)
-        if key not in self._values:
-            self.bad(key, expected, "nothing", "POLICY_MISSING")
-        value = self._values[key]
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            self.bad(key, expected, f"{value!r}")
-        return value
-
-    def rule(self, key: str, read: Callable[[str], T]) -> T | Skip:
-        """A field that may be `{ any = "why" }`."""
-        value = self._values.get(key)
-        return self._skip(key, value) if isinstance(value, dict) else read(key)
-
-    def section(self, key: str, read: Callable[[_Table], T]) -> T | Skip:
-        """A table that may be `{ any = "why" }` instead."""
-        value = self._values.get(key)
-        return self._skip(key, value) if isinstance(value, dict) and "any" in value else read(self.table(key))
-
-    def _skip(self, key: str, value: Mapping[str, Any]) -> Skip:  # Any: TOML values
-        self._seen.add(key)
-        why = value.get("any")
-        if set(value) != {"any"} or not isinstance(why, str) or len(why.strip()) < 8 or not why.isprintable():
-            self.bad(key, '{ any = "a reason of at least eight characters" } and nothing beside it', f"{value!r}")
-        return Skip(why.strip())
-
-    def text(self, key: str) -> str:
-        value = self.take(key, str, "text")
-        if not value or "*" in value:
-            self.bad(key, "text without a wildcard", f"{value!r}")
-        return str(value)
-
-    def number(self, key: str, low: int = 0) -> int:
-        value = self.take(key, int, f"a whole number >= {low}")
-        if value < low:
-            self.bad(key, f"a whole number >= {low}", value)
-        return int(value)
-
-    def texts(self, key: str, *, empty: bool = False) -> list[str]:
-        value = self.take(key, list, "a list of texts")
-        if not value and not empty:
-            self.bad(key, "a list that is not empty", "[]", "POLICY_EMPTY")
-        if not all(isinstance(v, str) and v and "*" not in v for v in value):
-            self.bad(key, "texts without wildcards", f"{value!r}")
-        if len(set(value)) != len(value):
-            self.bad(key, "each entry once", f"{value!r}")
-        return list(value)
-
-    def hexes(self, key: str, size: int) -> frozenset[bytes]:
-        return frozenset(self._hex(key, v, size) for v in self.texts(key))
-
-    def hex(self, key: str, size: int) -> bytes:
-        value = self.text(key)
-        return bytes(size) if value == "zero" else self._hex(key, value, size)
-
-    def masks(self, key: str) -> frozenset[int]:
-        values = self.texts(key)
-        if not all(re.fullmatch(r"0x[0-9a-f]{1,16}", v) for v in values):
-            self.bad(key, 'hexadecimal numbers such as "0x10000000"', values)
-        return frozenset(int(v, 16) for v in values)
-
-    def word(self, key: str, words: tuple[str, ...]) -> Any:  # Any: one of a Literal's words
-        value = self.text(key)
-        if value not in words:
-            self.bad(key, " | ".join(words), value)
-        return value
-
-    def table(self, key: str) -> _Table:
-        return _Table(self.take(key, dict, f"a table [{self.name(key)}]"), self.name(key))
-
-    def done(self) -> None:
-        unknown = sorted(set(self._values) - self._seen)
-        if unknown:
-            raise PolicyError(
-                "POLICY_UNKNOWN_KEY", f"policy key {self.name(unknown[0])} is not known",
-                expected=f"only {', '.join(sorted(self._seen))}", actual=unknown[0], hint="is it misspelt?",
-            )  # fmt: skip
-
-    def _hex(self, key: str, value: str, size: int) -> bytes:
-        if not re.fullmatch(rf"[0-9a-f]{{{2 * size}}}", value):
-            self.bad(key, f"{size} bytes in lower-case hex", value)
-        return bytes.fromhex(value)
+def _mixed(digest: bytes, roots: Roots) -> bytes:
+    """*digest* of what a policy says, mixed with the roots that did not stand in its text."""
+    parts = (digest, roots.intel, roots.nvidia_device, roots.nvidia_rim)
+    return hashlib.sha256(b"".join(hashlib.sha256(p).digest() for p in parts)).digest()
 
 
-def _policy(top: _Table, digest: bytes) -> Policy:
+def _policy(top: Table, digest: bytes) -> Policy:
     if top.number("version") != 1:
         top.bad("version", "1", "another version")
     name = top.text("name")
@@ -374,7 +280,7 @@ def _policy(top: _Table, digest: bytes) -> Policy:
     return Policy(name, development, digest, roots, tdx, gpu, release, deployment, channel)
 
 
-def _roots(t: _Table, development: bool) -> Roots:
+def _roots(t: Table, development: bool) -> Roots:
     def root(key: str, ours: bytes) -> bytes:
         value = t.text(key)
         if value == "built-in":
@@ -400,7 +306,7 @@ def _roots(t: _Table, development: bool) -> Roots:
     return found
 
 
-def _tdx(t: _Table) -> TdxPolicy:
+def _tdx(t: Table) -> TdxPolicy:
     def statuses(key: str) -> frozenset[str]:
         values = frozenset(t.texts(key))
         if not values <= TCB_STATUSES:
@@ -430,7 +336,7 @@ def _tdx(t: _Table) -> TdxPolicy:
     return found
 
 
-def _gpu(t: _Table, development: bool) -> GpuPolicy:
+def _gpu(t: Table, development: bool) -> GpuPolicy:
     def stages(key: str) -> frozenset[str]:
         values = t.texts(key)
         if values == ["all"]:
@@ -455,7 +361,7 @@ def _gpu(t: _Table, development: bool) -> GpuPolicy:
     return found
 
 
-def _keys(t: _Table, key: str) -> tuple[frozenset[bytes], int]:
+def _keys(t: Table, key: str) -> tuple[frozenset[bytes], int]:
     keys = t.hexes(key, 32)
     if weak := sorted(k.hex() for k in keys if small_order(k)):
         t.bad(key, "Ed25519 public keys", f"{weak[0]}, under which anybody can sign", "POLICY_WEAK_KEY")
@@ -465,13 +371,13 @@ def _keys(t: _Table, key: str) -> tuple[frozenset[bytes], int]:
     return keys, threshold
 
 
-def _release(t: _Table) -> ReleasePolicy:
+def _release(t: Table) -> ReleasePolicy:
     found = ReleasePolicy(*_keys(t, "signers"))
     t.done()
     return found
 
 
-def _deployment(t: _Table) -> DeploymentPolicy:
+def _deployment(t: Table) -> DeploymentPolicy:
     keys, threshold = _keys(t, "operators")
     found = DeploymentPolicy(
         keys,
@@ -484,7 +390,7 @@ def _deployment(t: _Table) -> DeploymentPolicy:
     return found
 
 
-def _channel(t: _Table) -> ChannelPolicy:
+def _channel(t: Table) -> ChannelPolicy:
     found = ChannelPolicy(
         proof=t.rule("proof", lambda k: t.word(k, ("exporter", "key"))),
         fresh_gpu=bool(t.take("fresh-gpu", bool, "true or false")),

@@ -10,7 +10,7 @@ Only `attestation.verifier` turns a book into an `AttestationResult` (a test hol
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, Literal, TypeVar
 
@@ -77,7 +77,7 @@ class Checks:
 
     def add(self, check: Check) -> bool:
         """Record *check*; true when it did not fail."""
-        self._list.append(check)
+        self._list.append(_printable(check))
         return check.status is not Status.FAIL
 
     def extend(self, checks: Iterable[Check]) -> None:
@@ -230,6 +230,19 @@ def conclude(
         valid_until=valid_until if accepted else 0,
         _seal=_SEAL,
     )
+
+
+def _printable(check: Check) -> Check:
+    """*check* without control characters: its texts may quote hostile evidence, and end up on a terminal."""
+    if (check.reason + check.expected + check.actual).isprintable():
+        return check
+    return replace(
+        check, reason=_escaped(check.reason), expected=_escaped(check.expected), actual=_escaped(check.actual)
+    )
+
+
+def _escaped(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def show(value: object) -> str:

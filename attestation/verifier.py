@@ -66,8 +66,9 @@ _STATUS: Final = (
     "status.type", "status.signers", "status.form", "status.current", "status.denied", "status.operator-keys",
 )  # fmt: skip
 _GPU: Final = ("gpu.digest", "gpu.nonce-age", "gpu.form", "gpu.parse", "gpu.state", "gpu.confidential")
+# A connection has a name that was dialled: the verdict of a saved bundle, which has none, is no first verdict.
 _CHANNEL: Final = (
-    "channel.same-leaf", "channel.same-policy", "channel.time", *(f"channel.{id}" for id in _SIGNED),
+    "leaf.name", "channel.same-leaf", "channel.same-policy", "channel.time", *(f"channel.{id}" for id in _SIGNED),
     "channel.same-td", "channel.same-platform", "channel.report-data",
 )  # fmt: skip
 

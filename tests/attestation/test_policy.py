@@ -263,11 +263,19 @@ def test_the_built_in_policy_appraises_the_platform_and_says_what_it_leaves_out(
     for left_out in (policy.tdx.mrseam, policy.tdx.mrconfigid, policy.release, policy.deployment, policy.channel.proof):
         assert isinstance(left_out, Skip)
         assert len(left_out.why) > 8
-    assert platform_policy(min_tcb_evaluation=20).digest != policy.digest
+    others = [
+        platform_policy(min_tcb_evaluation=20), platform_policy(gpu_count=8), platform_policy(gpu_mode="ppcie"),
+        platform_policy(gpu_require=frozenset({"nonce"})),
+        platform_policy(roots=Roots(TEE.roots.intel, TEE.roots.nvidia_device, TEE.roots.nvidia_rim)),
+        platform_policy(roots=Roots(TEE.roots.intel, TEE.roots.intel, TEE.roots.nvidia_rim)),
+    ]  # fmt: skip
+    assert len({p.digest for p in [policy, *others]}) == 1 + len(others)
 
 
 def test_another_root_marks_every_policy_as_development() -> None:
     own = Roots(TEE.roots.intel, BUILT_IN_ROOTS.nvidia_device, BUILT_IN_ROOTS.nvidia_rim)
     assert with_roots(platform_policy(), own).development
     assert platform_policy(roots=own).development
-    assert not with_roots(platform_policy(), BUILT_IN_ROOTS).development
+    assert with_roots(platform_policy(), BUILT_IN_ROOTS) == platform_policy()
+    assert with_roots(read(), BUILT_IN_ROOTS).development
+    assert with_roots(read(), own).digest != read().digest

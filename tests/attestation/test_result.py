@@ -152,6 +152,20 @@ def test_a_parser_that_refuses_is_a_failed_check_with_its_own_code() -> None:
     assert [(c.code, c.reason, c.expected, c.actual) for c in checks.failed] == [("FORMAT_X", "why", "1", "2")]
 
 
+def test_hostile_text_reaches_no_terminal_as_it_is() -> None:
+    """`actual` quotes evidence: a line of its own, or a colour, must not forge the verdict."""
+
+    def parser() -> int:
+        raise FormatError("FORMAT_X", "why\x1b[2J", expected="\u202eabc", actual="x\nverdict: accepted\r\x9b")
+
+    checks = Checks()
+    checks.parse("t", parser, reason="r")
+    checks.require("t", False, code="C", reason="fine é", actual="\x00")
+    assert all(text.isprintable() for c in checks for text in (c.reason, c.expected, c.actual))
+    assert checks.failed[0].actual == r"x\nverdict: accepted\r\x9b"
+    assert checks.failed[1].reason == "fine é"
+
+
 def test_the_json_form_says_everything() -> None:
     told = genuine(name="other.test").verify().as_json()
     assert (told["verdict"], told["development"], told["codes"], told["claims"]) == ("refused", True, ["LEAF_NAME"], {})

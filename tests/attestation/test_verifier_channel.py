@@ -188,14 +188,24 @@ def test_a_verdict_about_a_bare_quote_is_no_first_verdict() -> None:
     assert "CHANNEL_LEAF" in result.codes
 
 
+def test_a_verdict_about_a_saved_bundle_is_no_first_verdict() -> None:
+    """Nobody dialled its name: a connection accepted on it could be anybody's."""
+    honest = genuine(name=None)
+    assert honest.verify().accepted
+    result = honest.verify_channel(honest.channel())
+    assert result.codes == ("VERIFIER_INCOMPLETE",)
+    assert result.failed[0].actual == "leaf.name"
+
+
 def test_both_parts_are_judged_under_one_policy_and_its_roots() -> None:
     honest = genuine()
     other = genuine(policy={"tdx.min-tcb-evaluation": 19})
     assert honest.verify_channel(honest.channel(), policy=other.policy).codes == ("CHANNEL_POLICY",)
     roots = Roots(honest.policy.roots.intel, honest.policy.roots.nvidia_device, honest.policy.roots.intel)
-    moved = with_roots(honest.policy, roots)
+    moved = dataclasses.replace(honest.policy, roots=roots)
     assert moved.label == honest.policy.label
     assert honest.verify_channel(honest.channel(), policy=moved).codes == ("CHANNEL_POLICY",)
+    assert with_roots(honest.policy, roots).label != honest.policy.label
 
 
 @pytest.mark.parametrize(
