@@ -103,6 +103,10 @@ def test_a_length_beyond_the_input_is_named_as_that(raw: bytes) -> None:
     assert refuse(raw).reason == "a length beyond the input"
 
 
+def test_what_follows_the_item_is_named_as_that() -> None:
+    assert refuse(b"\x01\x02").reason == "bytes after the item"
+
+
 def test_depth_beyond_the_cap_is_refused_without_recursion() -> None:
     assert cbor.decode(b"\x81" * 8 + b"\x01", max_size=100)
     assert "deep" in refuse(b"\x81" * 9 + b"\x01").reason
