@@ -90,7 +90,8 @@ def pip(arguments: list[str], failure: str, hint: str) -> None:
     command = [*base, "--progress-bar", "off", *hashes, *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    total = sum("==" in line for line in LOCK.read_text().splitlines())
+    listed = Path(arguments[arguments.index("-r") + 1]) if hashes else None
+    total = sum("==" in line for line in listed.read_text().splitlines()) if listed else 1
     count, tail, tty = 0, list[str](), sys.stdout.isatty()
     for line in process.stdout:
         tail = [*tail[-14:], line.rstrip()]
