@@ -1,0 +1,520 @@
+"""Collateral: form, signers, dates, revocation, TCB levels; and policies over accepted quotes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from cryptography import x509
+
+from tests.attestation.tdx.dev import DAY, NOW, tee
+from tests.conformance.book import Book, b64
+from tests.conformance.tdx_machine import collateral, honest, named, quote, signed_by, stranger
+from tests.devtee.pki import SGX_EXTENSION, pem
+from tests.devtee.tdx import CollateralSpec, QuoteForm
+from tests.genuine import any_reason, policy_text
+
+__all__ = ["collateral_rows"]
+
+C = CollateralSpec
+PCS = "Intel PCS API v4"
+TCB = f"{PCS}, TCB Info V3"
+QE = f"{PCS}, Enclave Identity V2"
+PCK = "Intel SGX PCK Certificate and CRL Profile Specification"
+CRL = "RFC 5280 §6.3"
+INTEL = "Intel Corporation"
+
+
+def collateral_rows(book: Book) -> None:
+    """All rows about collateral, and about policies; the control is `v4`."""
+    _told(book)
+    _signers(book)
+    _edited(book)
+    _form(book)
+    _policies(book)
+
+
+def _told(book: Book) -> None:
+    """What only the holder of Intel's keys could say."""
+    status = "TDX_TCB_STATUS"
+    rows: list[tuple[str, str, CollateralSpec, str, tuple[str, ...], str]] = [
+        (CRL, "pck-revoked", C(revoked=frozenset({"intel-pck"})), "TDX_REVOKED", (), "a platform whose key is out"),
+        (
+            CRL,
+            "tcb-signer-revoked",
+            C(revoked=frozenset({"intel-tcb-signing"})),
+            "TDX_REVOKED",
+            (),
+            "the collateral's signer is out",
+        ),
+        (
+            CRL,
+            "pck-ca-revoked",
+            C(revoked=frozenset({"intel-platform-ca"})),
+            "TDX_REVOKED",
+            (),
+            "the CA of the platform is out",
+        ),
+        (CRL, "crl-expired", C(crl_age=31 * DAY), "TDX_CRL", (), "an old list hides a revocation"),
+        (
+            "RFC 5280 §5.1.2.4",
+            "crl-of-the-future",
+            C(crl_age=-3600),
+            "TDX_ISSUE_DATES",
+            (),
+            "a list dated ahead lives longer",
+        ),
+        (
+            f"{TCB}: nextUpdate",
+            "tcb-info-expired",
+            C(age=31 * DAY, qe_age=3600),
+            "TDX_COLLATERAL_TIME",
+            ("TDX_COLLATERAL_AGE",),
+            "it has ended",
+        ),
+        (
+            f"{TCB}: issueDate",
+            "tcb-info-of-the-future",
+            C(age=-3600, qe_age=3600),
+            "TDX_COLLATERAL_TIME",
+            (),
+            "it has not begun",
+        ),
+        (
+            f"{QE}: nextUpdate",
+            "qe-identity-expired",
+            C(qe_age=31 * DAY),
+            "TDX_COLLATERAL_TIME",
+            ("TDX_COLLATERAL_AGE",),
+            "it has ended",
+        ),
+        (
+            f"{QE}: issueDate",
+            "qe-identity-of-the-future",
+            C(qe_age=-3600),
+            "TDX_COLLATERAL_TIME",
+            (),
+            "it has not begun",
+        ),
+        (
+            f"{TCB}: issueDate",
+            "tcb-info-old-though-valid",
+            C(age=31 * DAY, lifetime=90 * DAY, qe_age=3600, qe_lifetime=30 * DAY),
+            "TDX_COLLATERAL_AGE",
+            (),
+            "kept from before a weakness was known",
+        ),
+        (
+            f"{QE}: issueDate",
+            "qe-identity-old-though-valid",
+            C(qe_age=31 * DAY, qe_lifetime=90 * DAY),
+            "TDX_COLLATERAL_AGE",
+            (),
+            "kept from before a weakness was known",
+        ),
+        (f"{TCB}: id", "tcb-info-of-sgx", C(tcb_id="SGX"), "TDX_COLLATERAL_KIND", (), "SGX collateral for a TDX quote"),
+        (
+            f"{TCB}: version",
+            "tcb-info-version-2",
+            C(tcb_version=2),
+            "TDX_COLLATERAL_KIND",
+            (),
+            "a version without TDX components",
+        ),
+        (
+            f"{QE}: id",
+            "qe-identity-of-sgx",
+            C(qe_id="QE"),
+            "TDX_COLLATERAL_KIND",
+            (),
+            "the SGX quoting enclave's identity",
+        ),
+        (f"{TCB}: tcbType", "tcb-type-1", C(tcb_type=1), "TDX_TCB_TYPE", (), "components compared by other rules"),
+        (
+            f"{TCB}: pceId",
+            "pce-id-of-another",
+            C(pce_id=b"\1\0"),
+            "TDX_PCE_ID",
+            (),
+            "TCB info for another provisioning enclave",
+        ),
+        (
+            f"{TCB}: fmspc",
+            "fmspc-of-another",
+            C(fmspc=b"\x99" * 6),
+            "TDX_FMSPC",
+            (),
+            "the TCB info of a healthier model",
+        ),
+        (
+            f"{QE}: mrsigner",
+            "qe-identity-of-another-signer",
+            C(qe_mrsigner=bytes(32)),
+            "TDX_QE_IDENTITY",
+            (),
+            "an identity for another enclave",
+        ),
+        (
+            f"{TCB}: tcbEvaluationDataNumber",
+            "evaluation-below-the-floor",
+            C(evaluation=19),
+            "TDX_TCB_EVALUATION",
+            (),
+            "old but still valid collateral",
+        ),
+        (
+            f"{TCB}: tcbEvaluationDataNumber",
+            "evaluation-of-the-tcb-info-below",
+            C(evaluation=19, qe_evaluation=20),
+            "TDX_TCB_EVALUATION",
+            (),
+            "the lower of both counts",
+        ),
+        (
+            f"{QE}: tcbEvaluationDataNumber",
+            "evaluation-of-the-qe-identity-below",
+            C(qe_evaluation=19),
+            "TDX_TCB_EVALUATION",
+            (),
+            "the lower of both counts",
+        ),
+        (
+            f"{TCB}: advisoryIDs",
+            "advisory",
+            C(advisories=("INTEL-SA-01192",)),
+            "TDX_ADVISORY",
+            (),
+            "a weakness that nobody decided to accept",
+        ),
+        (
+            f"{QE}: advisoryIDs",
+            "qe-advisory",
+            C(qe_advisories=("INTEL-SA-01192",)),
+            "TDX_ADVISORY",
+            (),
+            "a weakness that nobody decided to accept",
+        ),
+        (
+            f"{TCB}: tcbStatus",
+            "platform-revoked",
+            C(tcb_status="Revoked"),
+            "TDX_TCB_REVOKED",
+            (),
+            "refused under every policy",
+        ),
+        (
+            f"{TCB}: tcbStatus",
+            "module-revoked",
+            C(module_status="Revoked"),
+            "TDX_TCB_REVOKED",
+            (),
+            "refused under every policy",
+        ),
+        (f"{QE}: tcbStatus", "qe-revoked", C(qe_status="Revoked"), "TDX_TCB_REVOKED", (), "refused under every policy"),
+        (
+            f"{TCB}: tcbStatus",
+            "module-out-of-date",
+            C(module_status="OutOfDate"),
+            status,
+            (),
+            "a module with known weaknesses",
+        ),
+        (
+            f"{QE}: tcbStatus",
+            "qe-out-of-date",
+            C(qe_status="OutOfDate"),
+            "TDX_QE_STATUS",
+            (status,),
+            "a quoting enclave with known weaknesses",
+        ),
+        *(
+            (f"{TCB}: tcbStatus", f"platform-{s}", C(tcb_status=s), status, (), f"{s} is not UpToDate")
+            for s in (
+                "SWHardeningNeeded",
+                "ConfigurationNeeded",
+                "ConfigurationAndSWHardeningNeeded",
+                "OutOfDate",
+                "OutOfDateConfigurationNeeded",
+            )
+        ),
+        (
+            f"{TCB}: tcbStatus",
+            "platform-status-nobody-knows",
+            C(tcb_status="Splendid"),
+            "TDX_SIGNATURE_LAYER",
+            (),
+            "a word that nobody defined",
+        ),
+    ]
+    for book.clause, name, spec, code, also, why in rows:
+        book.refuse(name, "v4", code, why, also=also, collateral=collateral(spec))
+    book.clause = f"{TCB}: tcbEvaluationDataNumber"
+    book.refuse(
+        "floor-above-the-collateral",
+        "v4",
+        "TDX_TCB_EVALUATION",
+        "the relying party asks for more",
+        min_tcb_evaluation=21,
+    )
+    book.clause = f"{TCB}: nextUpdate"
+    book.refuse(
+        "judged-a-year-later",
+        "v4",
+        "TDX_COLLATERAL_TIME",
+        "everything has its time",
+        also=("TDX_COLLATERAL_AGE", "TDX_CRL"),
+        at=NOW + 365 * DAY,
+    )
+    book.refuse("judged-a-year-before", "v4", "TDX_COLLATERAL_TIME", "everything has its time", at=NOW - 365 * DAY)
+
+
+def _signers(book: Book) -> None:
+    role = "TDX_COLLATERAL_ROLE"
+    book.clause = f"{PCK}: TCB signing certificate (CVE-2026-22696)"
+    book.refuse(
+        "tcb-info-signed-by-a-pck",
+        "v4",
+        role,
+        "one extracted PCK key blesses its own platform",
+        collateral=collateral(C(tcb_signer="intel-pck")),
+    )
+    book.refuse(
+        "qe-identity-signed-by-a-pck",
+        "v4",
+        role,
+        "one extracted PCK key blesses another enclave",
+        collateral=collateral(C(qe_signer="intel-pck")),
+    )
+    sgx = (x509.UnrecognizedExtension(x509.ObjectIdentifier(SGX_EXTENSION), b"\x30\x00"), False)
+    right = "Intel SGX TCB Signing"
+    subjects: list[tuple[str, x509.Name, dict[str, Any], str]] = [
+        ("another-name", named("Intel SGX TCB Signing 2", INTEL), {}, "another role under the same root"),
+        ("the-name-of-a-pck", named("Intel SGX PCK Certificate", INTEL), {}, "a platform's name"),
+        ("another-organisation", named(right, "Intel Corp"), {}, "another organisation"),
+        ("two-organisations", named(right, INTEL, INTEL), {}, "which of two names counts would be up to the reader"),
+        ("no-organisation", named(right), {}, "no organisation"),
+        ("a-platform-extension", named(right, INTEL), {"extra": [sgx]}, "the SGX extension makes it a platform"),
+    ]
+    for name, subject, how, why in subjects:
+        book.refuse(f"collateral-signer-with-{name}", "v4", role, why, collateral=signed_by(subject, **how))
+    book.accept(
+        "collateral-signer-renewed",
+        "v4",
+        "the role counts, not the certificate",
+        collateral=signed_by(named(right, INTEL)),
+    )
+    foreign = json.loads(stranger().collateral(NOW, C(fmspc=tee().pki.facts.fmspc)))
+    book.clause = f"{PCK}: chain of the collateral"
+    book.refuse(
+        "collateral-of-a-stranger",
+        "v4",
+        role,
+        "every chain ends in a root that nobody pinned",
+        also=("TDX_COLLATERAL_CHAIN", "TDX_CRL"),
+        collateral=foreign,
+    )
+    book.clause = f"{PCK}: CRL issuer"
+    true = honest()["collateral"]
+    signer, root, ca = (tee().pki[r].cert for r in ("intel-tcb-signing", "intel-root", "intel-platform-ca"))
+    for name, chain, why in (
+        ("the-tcb-signer", [signer, root], "a CRL by a key that issues no platforms"),
+        ("no-root", [ca], "a chain that ends nowhere"),
+        ("the-root-alone", [root], "the root issues no platforms"),
+    ):
+        book.refuse(
+            f"pck-crl-issuer-is-{name}",
+            "v4",
+            role,
+            why,
+            collateral=true | {"pck_crl_issuer_chain": pem(chain).decode()},
+        )
+    book.clause = f"{CRL}; {PCK}: CRL"
+    other = json.loads(stranger().collateral(NOW))
+    for name, changed, why in (
+        (
+            "crls-exchanged",
+            {"root_ca_crl": true["pck_crl"], "pck_crl": true["root_ca_crl"]},
+            "each list in the other's place",
+        ),
+        ("pck-crl-of-a-stranger", {"pck_crl": other["pck_crl"]}, "a list that names nobody here"),
+        ("root-crl-of-a-stranger", {"root_ca_crl": other["root_ca_crl"]}, "a list that names nobody here"),
+        ("pck-crl-of-the-root", {"pck_crl": true["root_ca_crl"]}, "the root's list instead of the platforms'"),
+    ):
+        book.refuse(name, "v4", "TDX_CRL", why, collateral=true | changed)
+    book.clause = "RA-TLS profile: the PCK chain stands in the quote"
+    wrong = QuoteForm(chain=("intel-tcb-signing", "intel-platform-ca", "intel-root"))
+    book.refuse(
+        "pck-chain-beside-the-quote",
+        "v4",
+        "TDX_PCK_ROLE",
+        "a chain stapled to the collateral replaces the quote's own",
+        also=("TDX_FMSPC", "TDX_PCE_ID", "TDX_PCK_CHAIN", "TDX_QE_SIGNATURE"),
+        quote=b64(quote(wrong)),
+        collateral=collateral(C(pck_chain=True)),
+    )
+
+
+def _edited(book: Book) -> None:
+    """Signed texts changed afterwards."""
+    true = honest()["collateral"]
+    signature = "TDX_COLLATERAL_SIGNATURE"
+    book.clause = f"{PCS}: signature over the exact text"
+    for name, member, old, new, why in (
+        ("tcb-info-status-edited", "tcb_info", '"OutOfDate"', '"UpToDate"', "an old level made current"),
+        (
+            "tcb-info-evaluation-edited",
+            "tcb_info",
+            '"tcbEvaluationDataNumber":20',
+            '"tcbEvaluationDataNumber":21',
+            "old collateral made newer",
+        ),
+        ("qe-identity-level-edited", "qe_identity", '"isvsvn":1', '"isvsvn":0', "a level lowered"),
+        (
+            "qe-identity-mask-edited",
+            "qe_identity",
+            '"miscselectMask":"FFFFFFFF"',
+            '"miscselectMask":"00000000"',
+            "a mask that compares nothing",
+        ),
+    ):
+        book.refuse(name, "v4", signature, why, collateral=true | {member: true[member].replace(old, new)})
+    book.refuse(
+        "tcb-info-with-a-blank",
+        "v4",
+        signature,
+        "another spelling of the same values",
+        collateral=true | {"tcb_info": true["tcb_info"].replace(":", ": ", 1)},
+    )
+    for member in ("tcb_info_signature", "qe_identity_signature"):
+        name = member.replace("_", "-")
+        book.refuse(
+            f"{name}-of-zeros", "v4", signature, "r = s = 0 (CVE-2022-21449)", collateral=true | {member: "00" * 64}
+        )
+    twice = true["tcb_info"][:-1] + ',"tcbType":0}'
+    book.refuse(
+        "tcb-info-member-twice",
+        "v4",
+        signature,
+        "which of two counts would be up to the reader",
+        also=("TDX_SIGNATURE_LAYER",),
+        collateral=true | {"tcb_info": twice},
+    )
+    exchanged = {
+        "tcb_info_signature": true["qe_identity_signature"],
+        "qe_identity_signature": true["tcb_info_signature"],
+    }
+    book.refuse(
+        "signatures-exchanged", "v4", signature, "each signature over the other's text", collateral=true | exchanged
+    )
+
+
+def _form(book: Book) -> None:
+    book.clause = f"{PCS}; QuoteCollateralV3, one spelling"
+    true = honest()["collateral"]
+    form, chain = "FORMAT_TDX_COLLATERAL", "FORMAT_TDX_COLLATERAL_CHAIN"
+
+    def inner(member: str, **change: object) -> dict[str, str]:
+        edited = json.dumps(json.loads(true[member]) | change, separators=(",", ":"))
+        return {**true, member: edited}
+
+    for member in true:
+        name = member.replace("_", "-")
+        book.refuse(
+            f"collateral-without-{name}",
+            "v4",
+            form,
+            "every member is needed",
+            collateral={k: v for k, v in true.items() if k != member},
+        )
+    for name, changed, code, why in (
+        (
+            "collateral-member-nobody-knows",
+            true | {"extra": ""},
+            form,
+            "an unknown member may change the meaning of known ones",
+        ),
+        ("collateral-member-a-number", true | {"tcb_info": 1}, form, "text and nothing else"),
+        ("crl-hex-in-upper-case", true | {"root_ca_crl": true["root_ca_crl"].upper()}, form, "a second spelling"),
+        ("crl-half-a-byte", true | {"pck_crl": true["pck_crl"] + "0"}, form, "not whole bytes"),
+        ("crl-empty", true | {"pck_crl": ""}, form, "no list is no good news"),
+        (
+            "signature-short",
+            true | {"tcb_info_signature": true["tcb_info_signature"][:-2]},
+            form,
+            "64 bytes and no fewer",
+        ),
+        ("issuer-chain-no-pem", true | {"tcb_info_issuer_chain": "hello"}, chain, "no certificate"),
+        ("issuer-chain-empty", true | {"qe_identity_issuer_chain": ""}, chain, "no certificate"),
+        (
+            "issuer-chain-with-text-before",
+            true | {"tcb_info_issuer_chain": "x" + true["tcb_info_issuer_chain"]},
+            chain,
+            "bytes that nobody accounts for",
+        ),
+        (
+            "issuer-chain-of-ten",
+            true | {"pck_crl_issuer_chain": true["pck_crl_issuer_chain"] * 5},
+            chain,
+            "numbers are capped",
+        ),
+        (
+            "qe-identity-not-ascii",
+            true | {"qe_identity": true["qe_identity"].replace("TD_QE", "TD_QÉ")},
+            form,
+            "text in two encodings",
+        ),
+        ("tcb-info-no-json", true | {"tcb_info": "{"}, form, "not JSON"),
+        ("tcb-info-a-list", true | {"tcb_info": "[]"}, form, "not an object"),
+        (
+            "evaluation-number-true",
+            inner("tcb_info", tcbEvaluationDataNumber=True),
+            form,
+            "true counts as 1 in some languages",
+        ),
+        (
+            "evaluation-number-negative",
+            inner("qe_identity", tcbEvaluationDataNumber=-1),
+            form,
+            "below every floor, above some",
+        ),
+        ("fmspc-of-one-byte", inner("tcb_info", fmspc="00"), form, "six bytes"),
+        ("date-without-zone", inner("tcb_info", issueDate="2026-10-08T00:09:46"), form, "whose midnight?"),
+        ("date-that-is-none", inner("tcb_info", nextUpdate="2026-02-30T00:00:00Z"), form, "no such day"),
+        ("tcb-type-text", inner("tcb_info", tcbType="0"), form, "a number written as text"),
+    ):
+        book.refuse(name, "v4", code, why, collateral=changed)
+
+
+def _policies(book: Book) -> None:
+    """The same evidence under policies that ask for something else."""
+    book.clause = "RFC 9334 §8.5, Appraisal Policy for Evidence"
+    absent = any_reason("this table has no release and no operator")
+    base = {"release": absent, "deployment": absent}
+
+    def text(**changes: object) -> str:
+        return policy_text(
+            tee(), base | {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}, gpus=0
+        )
+
+    book.control("policy", "a policy that names this very machine", honest(policy=text()))
+    pki, one = tee().pki.facts, "01" * 48
+    book.accept(
+        "policy-by-ppid", "policy", "the platform named by its PPID", policy=text(tdx__platforms=[pki.ppid.hex()])
+    )
+    for name, changes, code, why in (
+        ("status", {"tdx__tcb_status": ["SWHardeningNeeded"]}, "TDX_TCB_STATUS", "UpToDate is not on the list"),
+        ("td-attributes", {"tdx__td_attributes": ["0x30000000"]}, "TDX_ATTRIBUTES", "another whole value"),
+        ("xfam", {"tdx__xfam": ["0xe7"]}, "TDX_XFAM", "another whole value"),
+        ("mrseam", {"tdx__mrseam": [one]}, "TDX_MRSEAM", "a module that the policy does not name"),
+        ("mrconfigid", {"tdx__mrconfigid": one}, "TDX_MRCONFIGID", "a configuration that the host chose"),
+        ("mrowner", {"tdx__mrowner": one}, "TDX_MROWNER", "an owner that the host chose"),
+        (
+            "mrownerconfig",
+            {"tdx__mrownerconfig": one},
+            "TDX_MROWNERCONFIG",
+            "an owner's configuration that the host chose",
+        ),
+        ("platform", {"tdx__platforms": ["01" * 16]}, "TDX_PLATFORM", "a genuine platform that is not on the list"),
+    ):
+        also = ("TDX_QE_STATUS",) if name == "status" else ()
+        book.refuse(f"policy-asks-for-another-{name}", "policy", code, why, also=also, policy=text(**changes))
