@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
 
 from attestation.gpu import GpuEvidence, from_nvidia_json
 from attestation.policy import GPU_STAGES
@@ -248,6 +250,21 @@ def test_gpu_from_another_machine_is_refused_by_its_nonce() -> None:
     verdict = mine.with_devices(*mine.evidence.devices, stolen).with_policy(count=2).judge()
     assert verdict.codes == ["GPU_NONCE"]
     assert [c.reason.split(":")[0] for c in verdict.failed("gpu.nonce")] == ["GPU 1"]
+
+
+def test_one_key_under_two_serials_is_one_device() -> None:
+    """The provisioner certified the same identity key twice: still one GPU."""
+    pki, story = tee().pki, told(require=frozenset({"signature", "chain", "distinct", "count"}))
+    ik, ica = pki["device-ik-0"].cert, pki["device-ica"]
+    builder = x509.CertificateBuilder(
+        ica.cert.subject, ik.subject, ik.public_key(), ik.serial_number + 1, ik.not_valid_before_utc,
+        ik.not_valid_after_utc, list(ik.extensions),
+    )  # fmt: skip
+    again = builder.sign(ica.key, hashes.SHA384()).public_bytes(serialization.Encoding.DER)
+    ak, _, *upper = story.evidence.devices[0].chain
+    twin = replace(story.evidence.devices[0], chain=(ak, again, *upper))
+    verdict = story.with_devices(story.evidence.devices[0], twin).with_policy(count=2).judge()
+    assert verdict.codes == ["GPU_DUPLICATE"]
 
 
 def test_verdict_ends_with_the_shortest_proof() -> None:

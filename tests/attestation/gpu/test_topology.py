@@ -71,6 +71,7 @@ def other(pdi: bytes) -> bytes:
         ("a switch sees a GPU twice", lambda g, s: (g, changed(s, 2, gpu_pdis=(*s[2].gpu_pdis[:7], s[2].gpu_pdis[0])))),
         ("a switch sees no GPU", lambda g, s: (g, changed(s, 2, gpu_pdis=()))),
         ("all-ones for one GPU", lambda g, s: (g, blank(s, b"\xff" * 8))),
+        ("all switches see one GPU twice", lambda g, s: (g, blank(s, s[0].gpu_pdis[1]))),
         ("no GPUs", lambda g, s: ([], s)),
         ("a switch with the id of zeros", lambda g, s: zeroed(g, s)),
         ("a GPU not linked to one switch", lambda g, s: (changed(g, 0, switch_pdis=without_one(g[0])), s)),
