@@ -176,8 +176,6 @@ class Server:
             buffer = b""
             while True:
                 buffer = self._request(connection, buffer)
-                if buffer is None:  # type: ignore[comparison-overlap]
-                    return
         except SSL.Error:
             return
         except OSError:

@@ -7,7 +7,10 @@ out. `SECRET` stands for that request; the server counts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import hashlib
+import io
 import socket
 import ssl
 import threading
@@ -25,6 +28,7 @@ from attestation.client.session import AttestedSession
 from attestation.client.target import Target
 from attestation.errors import FormatError, PolicyError, TransportError
 from attestation.policy import platform_policy
+from attestation.verifier import verify
 from tests.attestation.client.enclave import (
     FETCH,
     PROVE,
@@ -265,6 +269,54 @@ def test_server_that_drips_its_answer_is_given_up_at_the_deadline() -> None:
         assert time.monotonic() - begun < 10
 
 
+@pytest.mark.parametrize("call", ["send", "sendall", "write", "recv", "sendfile"])
+def test_nothing_is_written_or_read_before_the_connection_is_accepted(call: str) -> None:
+    story = genuine()
+    with served(story) as server:
+        sock = socket.create_connection(server.address, 5)
+        context = session_for(server, story).context()
+        tls = context.wrap_socket(sock, do_handshake_on_connect=False, server_hostname=NAME)
+        argument: Any = {"recv": 10, "sendfile": io.BytesIO(SECRET)}.get(call, SECRET)
+        with pytest.raises(ssl.SSLError, match="not accepted"):
+            getattr(tls, call)(argument)
+        tls.close()
+        server.wait_idle()
+        assert not any(c.handshake_done or c.app_bytes for c in server.connections)
+
+
+def test_bio_object_writes_nothing_before_acceptance_and_stays_refused_after_a_refusal() -> None:
+    story = genuine(names=("other.test",))
+    with served(story) as server, socket.create_connection(server.address, 5) as sock:
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        tls = session_for(server, story, name=NAME).context().wrap_bio(incoming, outgoing, server_hostname=NAME)
+        with pytest.raises(ssl.SSLError, match="not accepted"):
+            tls.write(SECRET)
+        with pytest.raises(NotAttested):
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    tls.do_handshake()
+                sock.sendall(outgoing.read())
+                incoming.write(sock.recv(65536))
+        for call in (tls.do_handshake, lambda: tls.write(SECRET), lambda: tls.read(10)):
+            with pytest.raises(NotAttested):
+                call()
+        sock.sendall(outgoing.read() or b"")
+    server.wait_idle()
+    assert server.received == b""
+
+
+def test_bio_handshake_ends_at_its_deadline() -> None:
+    story = genuine()
+    with served(story) as server:
+        context = session_for(server, story, seconds=0.05).context()
+        tls = context.wrap_bio(ssl.MemoryBIO(), ssl.MemoryBIO(), server_hostname=NAME)
+        with pytest.raises(ssl.SSLWantReadError):
+            tls.do_handshake()
+        time.sleep(0.06)
+        with pytest.raises(NotAttested, match="TRANSPORT_DEADLINE"):
+            tls.do_handshake()
+
+
 # --- the cache ---
 
 
@@ -285,8 +337,12 @@ def test_known_certificate_costs_the_channel_proof_alone(monkeypatch: pytest.Mon
 
     story = genuine()
     calls: list[int] = []
-    real = module.verify
-    monkeypatch.setattr(module, "verify", lambda *a, **k: calls.append(1) or real(*a, **k))
+
+    def counted(*arguments: Any, **named: Any) -> Any:
+        calls.append(1)
+        return verify(*arguments, **named)
+
+    monkeypatch.setattr(module, "verify", counted)
     with served(story) as server:
         session = session_for(server, story)
         for _ in range(3):
@@ -334,6 +390,16 @@ def test_evidence_of_another_certificate_is_refused() -> None:
         server.routes[FETCH] = answer(first.bundle())
         refused(session_for(server, first), server, "EVIDENCE_LEAF")
         assert server.requests == [FETCH]
+
+
+def test_documents_that_do_not_fit_the_certificate_are_refused_after_they_were_fetched() -> None:
+    first, second = genuine(), genuine(key=1, event_log_edit=lambda log: log + b"\0")
+    with served(first) as server:
+        session = session_for(server, first)
+        show(server, second)
+        error = refused(session, server, "EVIDENCE_DIGEST")
+        assert error.result is not None and server.requests == [FETCH]
+        assert session.bundle(hashlib.sha256(second.evidence.leaf).digest()) is None
 
 
 def test_damaged_bundle_is_refused() -> None:
