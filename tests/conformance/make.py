@@ -10,8 +10,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.conformance.book import Book, write
+from tests.conformance.gpu_chain_rows import chain_rows
+from tests.conformance.gpu_report_rows import report_rows
+from tests.conformance.gpu_rim_rows import rim_rows
 from tests.conformance.tdx_collateral_rows import collateral_rows
 from tests.conformance.tdx_log_rows import log_rows
+from tests.conformance.tdx_policy_rows import policy_rows
 from tests.conformance.tdx_quote_rows import quote_rows
 
 __all__ = ["books"]
@@ -23,7 +27,12 @@ def books() -> list[Book]:
     quote_rows(tdx)
     collateral_rows(tdx)
     log_rows(tdx)
-    return [tdx]
+    policy_rows(tdx)
+    gpu = Book("gpu")
+    report_rows(gpu)
+    chain_rows(gpu)
+    rim_rows(gpu)
+    return [tdx, gpu]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Collateral: form, signers, dates, revocation, TCB levels; and policies over accepted quotes."""
+"""Collateral: form, signers, dates, revocation, TCB levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tests.conformance.book import Book, b64
 from tests.conformance.tdx_machine import collateral, honest, named, quote, signed_by, stranger
 from tests.devtee.pki import SGX_EXTENSION, pem
 from tests.devtee.tdx import CollateralSpec, QuoteForm
-from tests.genuine import any_reason, policy_text
 
 __all__ = ["collateral_rows"]
 
@@ -26,12 +25,11 @@ INTEL = "Intel Corporation"
 
 
 def collateral_rows(book: Book) -> None:
-    """All rows about collateral, and about policies; the control is `v4`."""
+    """All rows about collateral; the control is `v4`."""
     _told(book)
     _signers(book)
     _edited(book)
     _form(book)
-    _policies(book)
 
 
 def _told(book: Book) -> None:
@@ -483,38 +481,3 @@ def _form(book: Book) -> None:
         ("tcb-type-text", inner("tcb_info", tcbType="0"), form, "a number written as text"),
     ):
         book.refuse(name, "v4", code, why, collateral=changed)
-
-
-def _policies(book: Book) -> None:
-    """The same evidence under policies that ask for something else."""
-    book.clause = "RFC 9334 §8.5, Appraisal Policy for Evidence"
-    absent = any_reason("this table has no release and no operator")
-    base = {"release": absent, "deployment": absent}
-
-    def text(**changes: object) -> str:
-        return policy_text(
-            tee(), base | {k.replace("__", ".").replace("_", "-"): v for k, v in changes.items()}, gpus=0
-        )
-
-    book.control("policy", "a policy that names this very machine", honest(policy=text()))
-    pki, one = tee().pki.facts, "01" * 48
-    book.accept(
-        "policy-by-ppid", "policy", "the platform named by its PPID", policy=text(tdx__platforms=[pki.ppid.hex()])
-    )
-    for name, changes, code, why in (
-        ("status", {"tdx__tcb_status": ["SWHardeningNeeded"]}, "TDX_TCB_STATUS", "UpToDate is not on the list"),
-        ("td-attributes", {"tdx__td_attributes": ["0x30000000"]}, "TDX_ATTRIBUTES", "another whole value"),
-        ("xfam", {"tdx__xfam": ["0xe7"]}, "TDX_XFAM", "another whole value"),
-        ("mrseam", {"tdx__mrseam": [one]}, "TDX_MRSEAM", "a module that the policy does not name"),
-        ("mrconfigid", {"tdx__mrconfigid": one}, "TDX_MRCONFIGID", "a configuration that the host chose"),
-        ("mrowner", {"tdx__mrowner": one}, "TDX_MROWNER", "an owner that the host chose"),
-        (
-            "mrownerconfig",
-            {"tdx__mrownerconfig": one},
-            "TDX_MROWNERCONFIG",
-            "an owner's configuration that the host chose",
-        ),
-        ("platform", {"tdx__platforms": ["01" * 16]}, "TDX_PLATFORM", "a genuine platform that is not on the list"),
-    ):
-        also = ("TDX_QE_STATUS",) if name == "status" else ()
-        book.refuse(f"policy-asks-for-another-{name}", "policy", code, why, also=also, policy=text(**changes))

@@ -15,7 +15,7 @@ import pytest
 from attestation.client.cli import main
 from tests.conformance.expand import FOLDER, grade, inputs, load_blobs, load_cases
 
-COMMANDS = {"tdx": "verify-quote"}
+COMMANDS = {"tdx": "verify-quote", "gpu": "verify-gpu"}
 
 
 @cache
