@@ -27,7 +27,17 @@ CLAIMS: Final[dict[str, tuple[str, ...]]] = {
         *("gpu.state", "gpu.mode", "gpu.count", "gpu.topology", "release.td-attributes", "release.xfam"),
     ),
     "executables": (
-        *("tdx.mrtd", "tdx.rtmr0", "tdx.rtmr1", "tdx.rtmr2", "tdx.event-", "release.", "gpu.rim", "gpu.driver"),
+        *(
+            "tdx.mrtd",
+            "tdx.rtmr0",
+            "tdx.rtmr1",
+            "tdx.rtmr2",
+            "tdx.event-log",
+            "tdx.event-data",
+            "release.",
+            "gpu.rim",
+            "gpu.driver",
+        ),
         *("gpu.vbios", "gpu.fwid"),
     ),
     "file-system": ("release.models",),

@@ -15,7 +15,7 @@ import base64
 import hashlib
 import re
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final, Literal
 
 from cryptography import x509
@@ -160,7 +160,10 @@ class ChannelPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A whole policy. Holding one proves that it was written without a permissive mistake this reader knows of."""
+    """A whole policy. Holding one proves that it was written without a permissive mistake this reader knows of.
+
+    exception   DSSE envelope of a TCB exception that came beside the policy, undecided (`attestation.exceptions`)
+    """
 
     name: str
     development: bool
@@ -171,6 +174,7 @@ class Policy:
     release: ReleasePolicy | Skip
     deployment: DeploymentPolicy | Skip
     channel: ChannelPolicy
+    exception: bytes | None = field(default=None, repr=False)
 
     @property
     def label(self) -> tuple[str, str]:

@@ -14,6 +14,7 @@ from dataclasses import InitVar, dataclass, replace
 from enum import StrEnum
 from typing import Any, Final, Literal, TypeVar
 
+from attestation.ear import ear
 from attestation.errors import FormatError, VouchsafeError
 
 __all__ = ["AttestationResult", "Check", "Checks", "Status", "TrustAnchor"]
@@ -194,6 +195,7 @@ class AttestationResult:
             "policy": {"name": self.policy[0], "sha256": self.policy[1]},
             "verified_at": self.verified_at,
             "valid_until": self.valid_until,
+            "ear": ear(self.checks, accepted=self.accepted, policy=self.policy[1], now=self.verified_at),
         }
 
 

@@ -7,7 +7,7 @@ bytes left to look at, what was found wrong with them stands in the book. Pure.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from attestation import binding
@@ -16,6 +16,7 @@ from attestation.deployment import DeploymentStatement, StatusList
 from attestation.endorsements import Endorsements
 from attestation.errors import FormatError
 from attestation.evidence import Evidence
+from attestation.exceptions import admit
 from attestation.gpu import GpuEndorsements, GpuFacts
 from attestation.gpu import appraise as appraise_gpu
 from attestation.gpu import decode as decode_gpu
@@ -169,10 +170,13 @@ def appraise_quote(
     )
     if quote is None or pieces is None:
         return quote, None
+    tdx, until = admit(policy, fmspc=pieces.tcb_info.fmspc, now=now, checks=checks)
     facts = appraise_tdx(
-        quote, pieces, policy=policy.tdx, registers=registers, root=policy.roots.intel, now=now, checks=checks,
+        quote, pieces, policy=tdx, registers=registers, root=policy.roots.intel, now=now, checks=checks,
         crl_floor=crl_floor,
     )  # fmt: skip
+    if facts is not None and until is not None:
+        facts = replace(facts, earliest_expiration=min(facts.earliest_expiration, until))
     return quote, facts
 
 

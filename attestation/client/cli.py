@@ -82,6 +82,7 @@ def parser() -> argparse.ArgumentParser:
     _service(commands)
     _offline(commands)
     _statements(commands)
+    _exception(commands)
     return top
 
 
@@ -95,6 +96,7 @@ def _command(commands: Any, name: str, module: str, function: str, help: str) ->
 
 def _live(p: argparse.ArgumentParser, *, policy: bool = True) -> None:
     p.add_argument("--policy", metavar="F", required=policy, help="what to ask for (TOML)")
+    p.add_argument("--exception", metavar="F", help="a signed, dated exception for a TCB status")
     p.add_argument("--connect", metavar="HOST:PORT", help="dial this address instead of the name's")
     p.add_argument("--cache", metavar="DIR", help="keep evidence here between runs")
 
@@ -132,6 +134,7 @@ def _service(commands: Any) -> None:
     p.add_argument("receipt", metavar="RECEIPT", help="receipt, JSON")
     p.add_argument("--bundle", metavar="F", required=True, help="the evidence that names the receipt's key")
     p.add_argument("--policy", metavar="F", help="default: the built-in policy `platform`")
+    p.add_argument("--exception", metavar="F", help="a signed, dated exception for a TCB status")
     p.add_argument("--at", metavar="T", help="when to judge the evidence (default: its own time)")
     p.add_argument("--request", metavar="F", help="request body as sent")
     p.add_argument("--response", metavar="F", help="response body as received")
@@ -145,6 +148,7 @@ def _offline(commands: Any) -> None:
     p.add_argument("--at", metavar="T", help="when to judge it: unix seconds or RFC 3339")
     p.add_argument("--root", metavar="DER", help="the only trust anchor (marks the verdict development)")
     p.add_argument("--policy", metavar="F", help="default: the built-in policy `platform`")
+    p.add_argument("--exception", metavar="F", help="a signed, dated exception for a TCB status")
     p.add_argument("--event-log", metavar="F", help="CCEL, or dstack's JSON log")
     p.add_argument("--min-tcb-evaluation", metavar="N", type=int)
     p.add_argument("--batch", metavar="F", help="JSON cases, one per line (- for stdin)")
@@ -197,6 +201,20 @@ def _statements(commands: Any) -> None:
         p.add_argument(f"--{name}", metavar=what, nargs="+", help=f"deny this {name}")
     p.add_argument("-o", "--output", metavar="FILE", required=True)
     _sign_and_show(inner, "status")
+
+
+def _exception(commands: Any) -> None:  # Any: argparse has no public type for it
+    group = commands.add_parser("exception", help="a dated exception for a TCB status", epilog=EPILOG)
+    inner = group.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
+    p = _command(inner, "new", "cli_operator", "new_tcb_exception", "write an exception's payload")
+    p.add_argument("--status", metavar="STATUS", required=True, help="Intel's word: OutOfDate, SWHardeningNeeded, …")
+    p.add_argument("--advisory", metavar="ID", nargs="+", default=[], help="advisories that may come with it")
+    p.add_argument("--fmspc", metavar="HEX", help="for this kind of platform alone")
+    p.add_argument("--reason", metavar="TEXT", required=True, help="why; every result prints it")
+    p.add_argument("--not-before", metavar="T", help="default: now")
+    p.add_argument("--valid", metavar="TIME", required=True, help="how long, at most 90d")
+    p.add_argument("-o", "--output", metavar="FILE", required=True)
+    _sign_and_show(inner, "exception")
 
 
 def _sign_and_show(inner: Any, what: str) -> None:

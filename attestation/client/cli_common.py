@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,7 @@ __all__ = [
     "moment",
     "paint",
     "policy_of",
+    "read_policy_of",
     "read_file",
     "say",
     "show",
@@ -123,6 +125,18 @@ def write_file(path: str | Path, raw: bytes, what: str) -> None:
         raise InputError("INPUT_FILE", f"cannot write the {what}: {err.strerror or err}", actual=str(path)) from err
 
 
+def read_policy_of(options: Namespace) -> Policy | None:
+    """`--policy` with its `--exception`, None without one."""
+    if not options.policy:
+        if getattr(options, "exception", None):
+            raise InputError("INPUT_USAGE", "--exception needs --policy: a policy names who may grant exceptions")
+        return None
+    policy = read_policy(Path(options.policy))
+    if getattr(options, "exception", None):
+        policy = replace(policy, exception=read_file(options.exception, "exception", 512 * 1024))
+    return policy
+
+
 def policy_of(options: Namespace) -> Policy:
     """`--policy`, or the built-in policy `platform`."""
-    return read_policy(Path(options.policy)) if options.policy else platform_policy()
+    return read_policy_of(options) or platform_policy()

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from attestation.client.cli_common import ACCEPTED, USAGE, moment, read_file, say, show
+from attestation.client.cli_common import ACCEPTED, USAGE, moment, read_file, read_policy_of, say, show
 from attestation.client.session import read_policy
 from attestation.errors import FormatError, InputError, PolicyError, VouchsafeError
 from attestation.gpu import GpuEndorsements, from_nvidia_json
@@ -40,7 +40,7 @@ def verify_quote_file(options: Namespace) -> int:
     if options.batch:
         return _batch(options.batch, _quote_case)
     _need(options, quote="QUOTE", collateral="--collateral JSON", at="--at T")
-    policy = read_policy(Path(options.policy)) if options.policy else None
+    policy = read_policy_of(options)
     root = _certificate(read_file(options.root, "root", 64 * 1024)) if options.root else None
     result = verify_quote(
         _decoded(read_file(options.quote, "quote", MAX_QUOTE_FILE)),

@@ -1,4 +1,4 @@
-"""`vouchsafe deployment new|sign|show` and `status-list new|sign|show`: the operator's statements (profile §3.8).
+"""`vouchsafe deployment`, `status-list` (profile §3.8) and `exception`, each `new|sign|show`: what people sign.
 
 `new` writes a payload that this project's reader accepts, `sign` wraps it in a DSSE envelope (Ed25519), `show` says
 what an envelope holds and which keys signed it. Keys are PEM files (PKCS#8) of the operator; they are read, used and
@@ -31,8 +31,19 @@ from attestation.deployment import (
 )
 from attestation.dsse import Envelope, public_bytes, sign
 from attestation.errors import InputError
+from attestation.exceptions import EXCEPTION_PAYLOAD_TYPE, TcbException, new_exception
 
-__all__ = ["new_deployment", "new_status", "show_deployment", "show_status", "sign_deployment", "sign_status"]
+__all__ = [
+    "new_deployment",
+    "new_status",
+    "new_tcb_exception",
+    "show_deployment",
+    "show_exception",
+    "show_status",
+    "sign_deployment",
+    "sign_exception",
+    "sign_status",
+]
 
 MAX_DOCUMENT: Final = 256 * 1024
 _DURATION: Final = re.compile(r"([0-9]{1,5})([smhd])")
@@ -77,6 +88,29 @@ def new_status(options: Namespace) -> int:
         keys=[_hex(k, 32, "--key") for k in options.key or ()],
     )
     return _written(payload, options)
+
+
+def new_tcb_exception(options: Namespace) -> int:
+    start = moment(options.not_before) if options.not_before else int(time.time())
+    payload = new_exception(
+        status=options.status,
+        advisories=options.advisory,
+        fmspc=_hex(options.fmspc, 6, "--fmspc") if options.fmspc else None,
+        reason=options.reason,
+        not_before=start,
+        not_after=start + _seconds(options.valid),
+    )
+    return _written(payload, options)
+
+
+def sign_exception(options: Namespace) -> int:
+    payload = read_file(options.file, "exception", MAX_DOCUMENT)
+    TcbException.parse(payload)
+    return _signed(EXCEPTION_PAYLOAD_TYPE, payload, options)
+
+
+def show_exception(options: Namespace) -> int:
+    return _show(options, EXCEPTION_PAYLOAD_TYPE, TcbException.parse)
 
 
 def sign_deployment(options: Namespace) -> int:

@@ -24,7 +24,7 @@ from attestation.client.cli_common import (
 )
 from attestation.client.fetch import fetch_evidence
 from attestation.client.report import printable, render, render_checks
-from attestation.client.session import AttestedSession, read_policy
+from attestation.client.session import AttestedSession
 from attestation.client.target import Target, parse_address
 from attestation.errors import FormatError, InputError, RefusedError, TransportError
 from attestation.ratls import Leaf
@@ -71,7 +71,7 @@ def bundle(options: Namespace) -> int:
     """Save what one needs to verify later, offline. With `--policy` only after the service was accepted."""
     target = _target(options)
     if options.policy:
-        session = AttestedSession(target, read_policy(Path(options.policy)))
+        session = AttestedSession(target, policy_of(options))
         result = session.verify_once()
         if not result.accepted:
             return show(result, options, target.origin)
@@ -95,7 +95,7 @@ def models(options: Namespace) -> int:
     """The models of a verified service."""
     from attestation.client.openai import attested_client  # httpx2 only where it is needed
 
-    session = AttestedSession(_target(options), read_policy(Path(options.policy)), cache_dir=_cache(options))
+    session = AttestedSession(_target(options), policy_of(options), cache_dir=_cache(options))
     with attested_client(session.target, policy=session.policy, session=session) as client:
         listed = _send(client, "GET", "/v1/models", options).json()
         ids = [str(m["id"]) for m in listed["data"]]
@@ -111,7 +111,7 @@ def chat(options: Namespace) -> int:
     """Verdict first; then the answer, streamed; then what its receipt says."""
     from attestation.client.openai import attested_client
 
-    session = AttestedSession(_target(options), read_policy(Path(options.policy)), cache_dir=_cache(options))
+    session = AttestedSession(_target(options), policy_of(options), cache_dir=_cache(options))
     result = session.verify_once()
     if not result.accepted:
         return show(result, options, session.target.origin)
