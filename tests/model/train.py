@@ -161,7 +161,7 @@ def main() -> None:
     """Train and write; `--out` elsewhere leaves the committed model alone."""
     parser = argparse.ArgumentParser(prog="python -m tests.model.train", description=main.__doc__)
     parser.add_argument("--out", type=Path, default=PARROT, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=900, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps (default %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(2)
     torch.use_deterministic_algorithms(True)
