@@ -219,7 +219,7 @@ class Story:
     gpu_machine: int | None = None
     gpu_key: int | None = None
     gpu_nonce_edit: Callable[[bytes], bytes] = _same
-    gpu_edit: Callable[[bytes], bytes] = _same
+    gpu_edit: Callable[[bytes], bytes | None] = _same
     gpu_issued_at: int | None = None
     state: Mapping[str, Any] = field(default_factory=dict)
     manifest: Mapping[str, Any] = field(default_factory=dict)

@@ -31,6 +31,7 @@ from tests.genuine import (
     NOW,
     SALT,
     Story,
+    any_reason,
     genuine,
     gpu_serial,
     machine,
@@ -286,6 +287,7 @@ def _gpu() -> Mapping[str, Lie]:
         "GPU evidence that the claims do not name": (
             {"claims_edit": claims(**bare)}, ("GPU_ABSENT",),
         ),
+        "GPU evidence left out of the certificate": ({"gpu_edit": lambda carried: None}, ("GPU_ABSENT",)),
         "other GPU evidence than the claims name": (
             {"gpu_edit": flip(10)}, ("GPU_DIGEST",),
         ),
@@ -386,6 +388,9 @@ def _deployment() -> Mapping[str, Lie]:
         "a statement that lists no platform": ({"statement": {"platforms": []}}, ("DEPLOYMENT_PLATFORM",)),
         "the policy lists other platforms": ({"policy": {"tdx.platforms": ["0a" * 16]}}, ("TDX_PLATFORM",)),
         "the statement lists other GPUs": ({"statement": {"gpus": [b"another"]}}, ("DEPLOYMENT_GPUS",)),
+        "the statement restricts GPUs and the policy asks for none": (
+            {"policy": {"gpu": any_reason()}}, ("DEPLOYMENT_GPUS",),
+        ),
         "one GPU of two is not the operator's": (
             {"gpus": (0, 1), "statement": {"gpus": [gpu_serial(machine(), 0)]}}, ("DEPLOYMENT_GPUS",),
         ),

@@ -21,10 +21,10 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS = re.compile(r"^\| `([a-z0-9.-]+)` \| ([^|]*) \| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
 CODE = re.compile(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+")
 OURS = re.compile(
-    r"(?:FORMAT|TDX|GPU|LEAF|CLAIMS|EVIDENCE|RELEASE|DEPLOYMENT|STATUS|STATEMENT|KEYSET|CHANNEL|VERIFIER|RESULT)_(?!.*(?:PAYLOAD_TYPE|PATH|MEDIA)$)"
+    r"(?:EXCEPTION|FORMAT|TDX|GPU|LEAF|CLAIMS|EVIDENCE|RELEASE|DEPLOYMENT|STATUS|STATEMENT|KEYSET|CHANNEL|VERIFIER|RESULT)_(?!.*(?:PAYLOAD_TYPE|PATH|MEDIA)$)"
 )
 """How our codes begin. Names of constants in `__all__` and `__slots__` look alike, and end otherwise."""
-NOT_OURS = {"receipt.py", "sse.py", "policy.py", "policy_table.py", "errors.py", "roots.py"}
+NOT_OURS = {"ear.py", "receipt.py", "sse.py", "policy.py", "policy_table.py", "errors.py", "roots.py"}
 
 
 def page() -> str:
