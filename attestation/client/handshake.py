@@ -188,7 +188,9 @@ class Link:
             except SSL.Error as err:
                 self._fail(NotAttested(_ended() if _is_eof(err) else _tls_failure(err)))
             except Exception as err:  # fail closed, and as the one class that libraries expect of a handshake
-                self._fail(NotAttested(RefusedError("CLIENT_INTERNAL", f"the check itself failed: {err!r}")), err)
+                self._fail(
+                    NotAttested(RefusedError("CLIENT_INTERNAL", f"the check itself failed: {type(err).__name__}")), err
+                )
 
     def _fail(self, failure: NotAttested, cause: Exception | None = None) -> None:
         self._failure = failure

@@ -10,6 +10,7 @@ import contextlib
 import datetime
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -139,8 +140,12 @@ class Server:
         for sock in self._socks:
             sock.close()
 
-    def wait_idle(self) -> None:
-        """Until every connection so far has ended: nothing more can arrive on them."""
+    def wait_idle(self, at_least: int = 1) -> None:
+        """Until *at_least* so many connections have come and every one has ended: nothing more can arrive on them."""
+        deadline = time.monotonic() + 10
+        while len(self._threads) < at_least:
+            assert time.monotonic() < deadline, "nobody dialled"
+            time.sleep(0.005)
         for thread in list(self._threads):
             thread.join(10)
             assert not thread.is_alive(), "a client kept its connection open"
@@ -164,8 +169,8 @@ class Server:
             self._socks.append(sock)
             self.connections.append(connection)
             thread = threading.Thread(target=self._serve, args=(connection, sock), daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def _serve(self, connection: Connection, sock: socket.socket) -> None:
         try:

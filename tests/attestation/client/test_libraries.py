@@ -214,6 +214,23 @@ def test_refused_proof_lets_no_byte_of_the_users_request_out(server: Server, sen
     assert SECRET not in server.received
 
 
+@each_library
+def test_fault_of_the_check_itself_is_a_refusal_like_any_other(
+    server: Server, send: Callable[..., bytes], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Faulty(Verdict):
+        def appraise(self, handshake: Handshake) -> Appraisal:
+            raise ZeroDivisionError(SECRET)
+            yield  # a generator, as every appraiser is
+
+    with pytest.raises(Exception) as caught:
+        send(AttestedContext(Faulty()), server.port)
+    refusal = find(caught.value)
+    assert refusal is not None and refusal.code == "CLIENT_INTERNAL" and SECRET.decode() not in str(refusal)
+    server.wait_idle()
+    assert server.received == b"" and "Fatal error" not in caplog.text
+
+
 def test_settings_that_weaken_an_ssl_context_do_not_weaken_this_one(server: Server) -> None:
     context = AttestedContext(Verdict(leaf=False))
     context.check_hostname = False

@@ -178,7 +178,7 @@ def test_refused_enclave_costs_retries_and_no_byte_of_the_prompt(story: Genuine)
             stream(sdk(http, max_retries=1))
         refusal = find(caught.value)
         assert refusal is not None and refusal.code == "FORMAT_LEAF"
-        relay.wait_idle()
+        relay.wait_idle(2)
         assert len(relay.connections) == 2 and relay.received == b""
 
 

@@ -76,8 +76,7 @@ def refused(session: AttestedSession, server: Server, code: str, send: Send = ta
     with pytest.raises(NotAttested) as caught:
         send(session, server)
     assert caught.value.code == code, caught.value
-    server.wait_idle()
-    assert server.connections[before:]
+    server.wait_idle(before + 1)
     assert not any(SECRET in c.app_bytes for c in server.connections[before:])
     return caught.value
 
