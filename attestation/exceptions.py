@@ -21,11 +21,12 @@ from attestation.policy import TCB_STATUSES, Policy, Skip, TdxPolicy
 from attestation.result import Checks
 from attestation.strict_json import count, exact, listed, load, short
 
-__all__ = ["EXCEPTION_PAYLOAD_TYPE", "MAX_EXCEPTION_LIFETIME", "TcbException", "admit", "new_exception"]
+__all__ = ["EXCEPTION_PAYLOAD_TYPE", "MAX_EXCEPTION_LIFETIME", "TcbException", "admit", "confine", "new_exception"]
 
 EXCEPTION_PAYLOAD_TYPE: Final = "application/vnd.vouchsafe.tcb-exception+json"
 MAX_EXCEPTION_LIFETIME: Final = 90 * 86400
 MAX_PAYLOAD: Final = 16 * 1024
+MAX_MOMENT: Final = 253_402_300_799  # the year 9999: later ones have no date
 _CITE: Final = "TCB exception, signed by release signers"
 
 
@@ -53,7 +54,12 @@ class TcbException:
         names = frozenset({"version", "status", "advisories", "fmspc", "reason", "notBefore", "notAfter"})
         exact(t, names, names, "TCB exception")
         start, end = count(t["notBefore"], "notBefore"), count(t["notAfter"], "notAfter")
-        if t["version"] != 1 or not 0 < end - start <= MAX_EXCEPTION_LIFETIME:
+        if (
+            t["version"] != 1
+            or t["version"] is True
+            or end > MAX_MOMENT
+            or not 0 < end - start <= MAX_EXCEPTION_LIFETIME
+        ):
             raise FormatError("FORMAT_EXCEPTION", "lifetime", expected="version 1, at most 90 days", actual=end - start)
         if t["status"] not in TCB_STATUSES:
             raise FormatError("FORMAT_EXCEPTION", "status", expected=sorted(TCB_STATUSES), actual=t["status"])
@@ -95,9 +101,9 @@ def new_exception(
     return payload
 
 
-def admit(policy: Policy, *, fmspc: bytes, now: int, checks: Checks) -> tuple[TdxPolicy, int | None]:
-    """The TDX part of *policy*, widened by its exception when that is signed, in force and for this *fmspc*; and when
-    the exception ends (unix seconds), None when none was used.
+def admit(policy: Policy, *, fmspc: bytes, now: int, checks: Checks) -> tuple[TdxPolicy, TcbException | None]:
+    """The TDX part of *policy*, widened by its exception when that is signed, in force and for this *fmspc*; and the
+    exception, None when none was used. `confine` must follow once the platform's status is known.
 
     One exception at a time: two could lend each other their advisories. A malformed or unsigned one is a failed check;
     one that is not in force, or for another platform, is skipped and widens nothing."""
@@ -143,7 +149,19 @@ def admit(policy: Policy, *, fmspc: bytes, now: int, checks: Checks) -> tuple[Td
         tcb_status=tdx.tcb_status if isinstance(tdx.tcb_status, Skip) else tdx.tcb_status | {found.status},
         advisories=tdx.advisories if isinstance(tdx.advisories, Skip) else tdx.advisories | found.advisories,
     )
-    return wider, found.not_after
+    return wider, found
+
+
+def confine(
+    policy: Policy, exception: TcbException, tcb_status: str, advisories: frozenset[str], checks: Checks
+) -> None:
+    """Its advisories go with its own status alone: a platform of another status is judged by the policy as written."""
+    plain = policy.tdx.advisories
+    lent = tcb_status != exception.status and not isinstance(plain, Skip) and not advisories <= plain
+    checks.require(
+        "tdx.exception", not lent, code="EXCEPTION_SCOPE", reason="its advisories come with its status alone",
+        expected=exception.status, actual=tcb_status, cite=_CITE,
+    )  # fmt: skip
 
 
 def _day(moment: int) -> str:

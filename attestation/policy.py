@@ -178,8 +178,10 @@ class Policy:
 
     @property
     def label(self) -> tuple[str, str]:
-        """Name and digest (hex), as a result carries them."""
-        return self.name, self.digest.hex()
+        """Name and digest (hex), as a result carries them; with an exception another digest than without."""
+        if self.exception is None:
+            return self.name, self.digest.hex()
+        return self.name, hashlib.sha256(self.digest + self.exception).hexdigest()
 
     @classmethod
     def parse(cls, text: str) -> Policy:

@@ -16,7 +16,7 @@ from attestation.deployment import DeploymentStatement, StatusList
 from attestation.endorsements import Endorsements
 from attestation.errors import FormatError
 from attestation.evidence import Evidence
-from attestation.exceptions import admit
+from attestation.exceptions import admit, confine
 from attestation.gpu import GpuEndorsements, GpuFacts
 from attestation.gpu import appraise as appraise_gpu
 from attestation.gpu import decode as decode_gpu
@@ -170,13 +170,14 @@ def appraise_quote(
     )
     if quote is None or pieces is None:
         return quote, None
-    tdx, until = admit(policy, fmspc=pieces.tcb_info.fmspc, now=now, checks=checks)
+    tdx, exception = admit(policy, fmspc=pieces.tcb_info.fmspc, now=now, checks=checks)
     facts = appraise_tdx(
         quote, pieces, policy=tdx, registers=registers, root=policy.roots.intel, now=now, checks=checks,
         crl_floor=crl_floor,
     )  # fmt: skip
-    if facts is not None and until is not None:
-        facts = replace(facts, earliest_expiration=min(facts.earliest_expiration, until))
+    if facts is not None and exception is not None:
+        confine(policy, exception, facts.tcb_status, facts.advisories, checks)
+        facts = replace(facts, earliest_expiration=min(facts.earliest_expiration, exception.not_after))
     return quote, facts
 
 

@@ -70,6 +70,16 @@ def test_it_widens_nothing_it_does_not_name(tee: DevTee) -> None:
     assert "TDX_TCB_STATUS" in judged(tee, signed(status="SWHardeningNeeded")).codes
 
 
+def test_its_advisories_come_with_its_status_alone(tee: DevTee) -> None:
+    collateral = tee.collateral(NOW, CollateralSpec(tcb_status="UpToDate", advisories=(ADVISORY,)))
+    result = verify_quote(tee.quote(bytes(64)), collateral, policy(tee, signed()), now=NOW)
+    assert "EXCEPTION_SCOPE" in result.codes
+
+
+def test_it_shows_in_the_policys_digest(tee: DevTee) -> None:
+    assert policy(tee, None).label != policy(tee, signed()).label
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -105,6 +115,7 @@ def test_a_policy_that_pins_nobody_grants_no_exception(tee: DevTee) -> None:
     [
         {"status": "Revoked"}, {"status": "OutOfDateConfigurationNeeded"}, {"advisories": ["*"]}, {"reason": "short"},
         {"not_after": NOW - 60 + MAX_EXCEPTION_LIFETIME + 1}, {"not_after": NOW - 60}, {"fmspc": bytes(5)},
+        {"not_before": 2**50, "not_after": 2**50 + 60},
     ],
 )  # fmt: skip
 def test_what_no_signature_can_allow_is_no_exception(changes: dict[str, Any]) -> None:
