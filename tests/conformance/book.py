@@ -20,7 +20,7 @@ from typing import Any, Literal
 __all__ = ["Book", "Input", "b64"]
 
 Input = dict[str, Any]  # Any: JSON values
-Kind = Literal["tdx", "gpu"]
+Kind = Literal["tdx", "gpu", "bundle"]
 
 INLINE = 100
 """Characters: what is no longer stands in the case itself."""
@@ -45,14 +45,14 @@ class Book:
         self._controls[name] = given
         self._add(name, None, "accepted", "", (), why, given)
 
-    def accept(self, name: str, control: str, why: str, **members: object) -> None:
+    def accept(self, name: str, control: str, why: str, /, **members: object) -> None:
         """A case one mutation away from *control* that is accepted too: what the standard leaves open."""
         self._add(
             name, control, "accepted", "", (), why, _difference(self._controls[control], self._with(control, members))
         )
 
     def refuse(
-        self, name: str, control: str, code: str, why: str, *, also: tuple[str, ...] = (), **members: object
+        self, name: str, control: str, code: str, why: str, /, *, also: tuple[str, ...] = (), **members: object
     ) -> None:
         """A case one mutation away from *control*: *members* of the input replaced, None for a member left out."""
         patch = _difference(self._controls[control], self._with(control, members))

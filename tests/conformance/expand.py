@@ -100,7 +100,9 @@ def grade(case: Mapping[str, Any], answer: Mapping[str, Any] | None, *, strict: 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="expand", description="expand the conformance table, or grade answers")
-    parser.add_argument("kind", nargs="?", choices=("tdx", "gpu"), help="print the inputs of this kind, one per line")
+    parser.add_argument(
+        "kind", nargs="?", choices=("tdx", "gpu", "bundle"), help="print the inputs of this kind, one per line"
+    )
     parser.add_argument("--grade", metavar="FILE", help="JSON lines of answers to compare")
     parser.add_argument("--verdicts", action="store_true", help="compare verdicts and the first code alone")
     options = parser.parse_args()

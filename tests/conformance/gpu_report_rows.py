@@ -106,8 +106,8 @@ def _framing(book: Book) -> None:
 
     unread = ("GPU_NO_REPORT", "GPU_TOPOLOGY")  # what later stages say when there is no report
     size, head, block, length, opaque = (f"FORMAT_GPU_{n}" for n in ("SIZE", "HEADER", "BLOCK", "LENGTH", "OPAQUE"))
-    request, response, data = f"{SPDM}.1, GET_MEASUREMENTS", f"{SPDM}.2, MEASUREMENTS", f"{SPDM}.3, OpaqueData"
-    blocks = f"{SPDM}.2, measurement block"
+    request, response, data = f"{SPDM}: GET_MEASUREMENTS", f"{SPDM}: MEASUREMENTS", f"{SPDM}: OpaqueData"
+    blocks = f"{SPDM}: measurement block"
     for clause, name, raw, code, why in (
         (request, "empty", b"", size, "there is no report"),
         (request, "spdm-1.2", put(0, b"\x12"), head, "a version that signs with a prefix"),
@@ -242,7 +242,7 @@ def _devices(book: Book) -> None:
         ocsp=answered(gpus=3),
     )
     book.refuse("switches-expected", "one", "GPU_COUNT", "switches that are not shown", count=[1, 4])
-    book.clause = f"{SPDM}.2: kind of device"
+    book.clause = f"{SPDM}: measurement block"
     book.refuse(
         "gpu-called-a-switch",
         "two",
@@ -253,6 +253,8 @@ def _devices(book: Book) -> None:
         switches=[entry(1)],
     )
     switch = node()["switches"][0]
+    missing = ("GPU_COUNT", "GPU_OCSP_MISSING", "GPU_RIM_MISSING", "GPU_TOPOLOGY")
+    book.refuse("switch-alone", "one", "GPU_ABSENT", "no GPU at all", also=missing, evidence=[], switches=[switch])
     book.refuse(
         "switch-called-a-gpu",
         "two",

@@ -10,7 +10,7 @@ from cryptography import x509
 from tests.attestation.tdx.dev import DAY, NOW, tee
 from tests.conformance.book import Book, b64
 from tests.conformance.tdx_machine import collateral, honest, named, quote, signed_by, stranger
-from tests.devtee.pki import SGX_EXTENSION, pem
+from tests.devtee.pki import SGX_EXTENSION, pem, utc
 from tests.devtee.tdx import CollateralSpec, QuoteForm
 
 __all__ = ["collateral_rows"]
@@ -29,7 +29,6 @@ def collateral_rows(book: Book) -> None:
     _told(book)
     _signers(book)
     _edited(book)
-    _form(book)
 
 
 def _told(book: Book) -> None:
@@ -301,14 +300,20 @@ def _signers(book: Book) -> None:
         "the role counts, not the certificate",
         collateral=signed_by(named(right, INTEL)),
     )
+    book.clause = "RFC 5280 §4.1.2.5, validity"
+    for name, when in (("expired", {"not_after": utc(NOW - DAY)}), ("of-the-future", {"not_before": utc(NOW + DAY)})):
+        told = signed_by(named(right, INTEL), **when)
+        book.refuse(
+            f"collateral-signer-{name}", "v4", "TDX_CERTIFICATE_TIME", "everything has its time", collateral=told
+        )
     foreign = json.loads(stranger().collateral(NOW, C(fmspc=tee().pki.facts.fmspc)))
     book.clause = f"{PCK}: chain of the collateral"
     book.refuse(
         "collateral-of-a-stranger",
         "v4",
-        role,
+        "TDX_COLLATERAL_CHAIN",
         "every chain ends in a root that nobody pinned",
-        also=("TDX_COLLATERAL_CHAIN", "TDX_CRL"),
+        also=("TDX_COLLATERAL_ROLE", "TDX_CRL"),
         collateral=foreign,
     )
     book.clause = f"{PCK}: CRL issuer"
@@ -404,80 +409,3 @@ def _edited(book: Book) -> None:
     book.refuse(
         "signatures-exchanged", "v4", signature, "each signature over the other's text", collateral=true | exchanged
     )
-
-
-def _form(book: Book) -> None:
-    book.clause = f"{PCS}; QuoteCollateralV3, one spelling"
-    true = honest()["collateral"]
-    form, chain = "FORMAT_TDX_COLLATERAL", "FORMAT_TDX_COLLATERAL_CHAIN"
-
-    def inner(member: str, **change: object) -> dict[str, str]:
-        edited = json.dumps(json.loads(true[member]) | change, separators=(",", ":"))
-        return {**true, member: edited}
-
-    for member in true:
-        name = member.replace("_", "-")
-        book.refuse(
-            f"collateral-without-{name}",
-            "v4",
-            form,
-            "every member is needed",
-            collateral={k: v for k, v in true.items() if k != member},
-        )
-    for name, changed, code, why in (
-        (
-            "collateral-member-nobody-knows",
-            true | {"extra": ""},
-            form,
-            "an unknown member may change the meaning of known ones",
-        ),
-        ("collateral-member-a-number", true | {"tcb_info": 1}, form, "text and nothing else"),
-        ("crl-hex-in-upper-case", true | {"root_ca_crl": true["root_ca_crl"].upper()}, form, "a second spelling"),
-        ("crl-half-a-byte", true | {"pck_crl": true["pck_crl"] + "0"}, form, "not whole bytes"),
-        ("crl-empty", true | {"pck_crl": ""}, form, "no list is no good news"),
-        (
-            "signature-short",
-            true | {"tcb_info_signature": true["tcb_info_signature"][:-2]},
-            form,
-            "64 bytes and no fewer",
-        ),
-        ("issuer-chain-no-pem", true | {"tcb_info_issuer_chain": "hello"}, chain, "no certificate"),
-        ("issuer-chain-empty", true | {"qe_identity_issuer_chain": ""}, chain, "no certificate"),
-        (
-            "issuer-chain-with-text-before",
-            true | {"tcb_info_issuer_chain": "x" + true["tcb_info_issuer_chain"]},
-            chain,
-            "bytes that nobody accounts for",
-        ),
-        (
-            "issuer-chain-of-ten",
-            true | {"pck_crl_issuer_chain": true["pck_crl_issuer_chain"] * 5},
-            chain,
-            "numbers are capped",
-        ),
-        (
-            "qe-identity-not-ascii",
-            true | {"qe_identity": true["qe_identity"].replace("TD_QE", "TD_QÉ")},
-            form,
-            "text in two encodings",
-        ),
-        ("tcb-info-no-json", true | {"tcb_info": "{"}, form, "not JSON"),
-        ("tcb-info-a-list", true | {"tcb_info": "[]"}, form, "not an object"),
-        (
-            "evaluation-number-true",
-            inner("tcb_info", tcbEvaluationDataNumber=True),
-            form,
-            "true counts as 1 in some languages",
-        ),
-        (
-            "evaluation-number-negative",
-            inner("qe_identity", tcbEvaluationDataNumber=-1),
-            form,
-            "below every floor, above some",
-        ),
-        ("fmspc-of-one-byte", inner("tcb_info", fmspc="00"), form, "six bytes"),
-        ("date-without-zone", inner("tcb_info", issueDate="2026-10-08T00:09:46"), form, "whose midnight?"),
-        ("date-that-is-none", inner("tcb_info", nextUpdate="2026-02-30T00:00:00Z"), form, "no such day"),
-        ("tcb-type-text", inner("tcb_info", tcbType="0"), form, "a number written as text"),
-    ):
-        book.refuse(name, "v4", code, why, collateral=changed)

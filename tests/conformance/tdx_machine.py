@@ -13,12 +13,12 @@ from cryptography.x509.oid import NameOID
 
 from tests.attestation.tdx.dev import NOW, REPORT_DATA, tee
 from tests.conformance.book import Input, b64
-from tests.devtee.pki import Entity, Pki, issue
+from tests.devtee.pki import SGX_EXTENSION, Entity, Pki, issue, sgx_extension
 from tests.devtee.tdx import CollateralSpec, QuoteForm
 from tests.devtee.tee import DevTee
 
 __all__ = [
-    "collateral", "flip", "grow", "honest", "named", "put", "quote", "signed_by", "stranger", "td_quote",
+    "collateral", "flip", "grow", "honest", "named", "platform", "put", "quote", "signed_by", "stranger", "td_quote",
 ]  # fmt: skip
 
 _GROUPS = {
@@ -83,6 +83,19 @@ def signed_by(subject: x509.Name, **how: Any) -> dict[str, str]:  # Any: argumen
     pki = tee().pki
     machine = DevTee(Pki(pki.facts, pki.entities | {"odd": odd}, pki.gpus))
     return collateral(CollateralSpec(tcb_signer="odd", qe_signer="odd"), machine)
+
+
+def platform(cn: str = "Intel SGX PCK Certificate", *, extension: bool = True, **how: Any) -> bytes:  # Any: as above
+    """The machine's quote with another PCK certificate, made by the genuine PCK CA, whose key signs the QE report."""
+    pki = tee().pki
+    sgx = x509.UnrecognizedExtension(x509.ObjectIdentifier(SGX_EXTENSION), sgx_extension(pki.facts))
+    usage = ("digital_signature",)
+    leaf = issue(
+        named(cn, "Intel Corporation"), pki[how.pop("issuer", "intel-platform-ca")], ec.SECP256R1(),
+        ca=how.pop("ca", False), usage=usage, extra=[(sgx, False)] if extension else [], **how,
+    )  # fmt: skip
+    machine = DevTee(Pki(pki.facts, pki.entities | {"intel-pck": leaf}, pki.gpus))
+    return machine.quote(REPORT_DATA, td=tee().td)
 
 
 def put(raw: bytes, at: int, form: str, value: int) -> bytes:

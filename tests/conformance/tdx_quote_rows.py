@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from attestation.tdx.quote import MAX_QUOTE
-from tests.attestation.tdx.dev import extended_quote, tee
+from tests.attestation.tdx.dev import DAY, NOW, extended_quote, tee
 from tests.conformance.book import Book, b64
-from tests.conformance.tdx_machine import flip, grow, honest, put, quote, stranger, td_quote
+from tests.conformance.tdx_machine import flip, grow, honest, platform, put, quote, stranger, td_quote
+from tests.devtee.pki import utc
 from tests.devtee.tdx import OLD_TEE_TCB_SVN, QuoteForm
 
 __all__ = ["quote_rows"]
@@ -37,6 +38,7 @@ def quote_rows(book: Book) -> None:
     book.accept("v4-second-form-of-the-signature", "v4", "r and N - s verify too (FIPS 186-5 §6.4)", quote=b64(second))
     _framing(book)
     _signatures(book)
+    _platforms(book)
     _attributes(book)
     _module(book)
     _enclave(book)
@@ -209,6 +211,14 @@ def _signatures(book: Book) -> None:
         root=b64(stranger().roots.intel),
     )
     book.refuse(
+        "root-that-is-no-certificate",
+        "v4",
+        "TDX_PCK_CHAIN",
+        "nothing chains to it",
+        also=("TDX_COLLATERAL_CHAIN", "TDX_COLLATERAL_ROLE", "TDX_SIGNATURE_LAYER"),
+        root=b64(b"\x30\x00"),
+    )
+    book.refuse(
         "root-not-named",
         "v4",
         "TDX_PCK_CHAIN",
@@ -223,6 +233,43 @@ def _signatures(book: Book) -> None:
         "a whole quote under a root that nobody pinned",
         also=("TDX_FMSPC",),
         quote=b64(foreign),
+    )
+
+
+def _platforms(book: Book) -> None:
+    """Other PCK certificates that the genuine CA made."""
+    role = "TDX_PCK_ROLE"
+    book.clause = f"{PCK}: §1.3, roles and chain"
+    book.accept("pck-renewed", "v4", "another certificate for the same platform", quote=b64(platform()))
+    book.refuse("pck-with-another-name", "v4", role, "the role is in the name", quote=b64(platform("Intel SGX PCK")))
+    book.refuse(
+        "pck-that-is-a-ca",
+        "v4",
+        role,
+        "a leaf that issues",
+        also=("TDX_COLLATERAL_CHAIN",),
+        quote=b64(platform(ca=True)),
+    )
+    book.refuse(
+        "pck-without-sgx-extension",
+        "v4",
+        role,
+        "no platform is named",
+        also=("TDX_FMSPC", "TDX_PCE_ID", "TDX_PCK_CHAIN"),
+        quote=b64(platform(extension=False)),
+    )
+    book.refuse(
+        "pck-issued-by-the-root",
+        "v4",
+        role,
+        "platforms are issued by a PCK CA",
+        quote=b64(platform(issuer="intel-root")),
+    )
+    book.clause = "RFC 5280 §4.1.2.5, validity"
+    begin, end = utc(NOW + DAY), utc(NOW - DAY)
+    book.refuse("pck-expired", "v4", "TDX_CERTIFICATE_TIME", "ended yesterday", quote=b64(platform(not_after=end)))
+    book.refuse(
+        "pck-of-the-future", "v4", "TDX_CERTIFICATE_TIME", "begins tomorrow", quote=b64(platform(not_before=begin))
     )
 
 
