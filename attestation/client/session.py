@@ -267,9 +267,9 @@ def _connectable(policy: Policy, explore: bool) -> Policy:
     return policy
 
 
-def read_policy(path: Path) -> Policy:
+def read_policy(path: Path | str) -> Policy:
     """The policy in a file. Raises `PolicyError`, or `InputError` when it cannot be read."""
     try:
-        return Policy.parse(path.read_text(encoding="utf-8"))
+        return Policy.parse(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as err:
         raise InputError("INPUT_FILE", f"cannot read the policy {path}: {err}") from err

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,20 @@ class Stack:
     @property
     def processes(self) -> tuple[Process, ...]:
         return self.relay, self.enclave, self.devtee
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """A second Ctrl-C, or a SIGTERM, must not leave half of the clean-up undone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -91,9 +107,10 @@ def running(
         line = relay.wait_for("listening on", seconds=20, hint="is the loopback device up?")
         yield Stack(folder, made, devtee, enclave, relay, int(line.rpartition(":")[2]), model_id)
     finally:
-        for process in reversed(started):
-            process.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+        with undisturbed():
+            for process in reversed(started):
+                process.stop()
+            shutil.rmtree(folder, ignore_errors=True)
         left = [pid for process in started for pid in process.group()]
         if left:
             raise Failed("clean-up", f"processes {left} are still there", f"kill {' '.join(map(str, left))}")

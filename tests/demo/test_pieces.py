@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tests.demo.__main__ import main
 from tests.demo.processes import PYTHON, Failed, Process
 from tests.demo.refusals import edited_receipt
 from tests.demo.search import found
+from tests.demo.stack import undisturbed
 from tests.demo.transcript import abridged, normal
 
 
@@ -77,3 +80,13 @@ def test_missing_model_names_the_stage_and_the_way_out(tmp_path: Path, capsys: p
     assert main(["--model", str(tmp_path), "--keep"]) == 1
     error = capsys.readouterr().err
     assert error.startswith("\nerror: stage start: model:") and "hint: MODEL=DIR" in error
+
+
+def test_second_interrupt_does_not_stop_the_clean_up() -> None:
+    with undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
