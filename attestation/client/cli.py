@@ -165,6 +165,8 @@ def _offline(commands: Any) -> None:
     p.add_argument("--root", metavar="PEM", help="the only device root (marks the verdict development)")
     p.add_argument("--rim-root", metavar="PEM", help="the only RIM root (marks the verdict development)")
     p.add_argument("--require", metavar="STAGES", help="stages that decide, comma separated (default: all)")
+    p.add_argument("--second-opinion", action="store_true", help="show beside ours what NVIDIA's own SDK says")
+    p.add_argument("--nvidia-python", metavar="PYTHON", help="its environment (default: .venv-nvidia/bin/python)")
     p.add_argument("--policy", metavar="F", help="default: the built-in policy `platform`")
     p.add_argument("--batch", metavar="F", help="JSON cases, one per line (- for stdin)")
 

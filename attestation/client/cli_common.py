@@ -10,13 +10,14 @@ import json
 import re
 import sys
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
 from attestation.client.handshake import NotAttested
-from attestation.client.report import Paint, printable, render
+from attestation.client.report import Paint, printable, render, render_beside
 from attestation.client.session import read_policy
 from attestation.errors import InputError, PolicyError, VouchsafeError
 from attestation.policy import Policy, platform_policy
@@ -60,12 +61,23 @@ def paint() -> Paint:
     return Paint(sys.stdout.isatty())
 
 
-def show(result: AttestationResult, options: Namespace, subject: str) -> int:
-    """Print *result* and return the exit status."""
+def show(
+    result: AttestationResult,
+    options: Namespace,
+    subject: str,
+    *,
+    beside: Mapping[str, Mapping[str, object]] | None = None,
+) -> int:
+    """Print *result* and return the exit status, which is that of *result* alone.
+
+    beside   what others said about the same evidence: it is shown, and decides nothing"""
+    beside = beside or {}
     if options.json:
-        emit({"subject": subject, **result.as_json()})
+        emit({"subject": subject, **result.as_json(), **beside})
     else:
         say(render(result, subject=subject, paint=paint()))
+        for name, said in beside.items():
+            say(render_beside(name, said, paint()))
     return ACCEPTED if result.accepted else REFUSED
 
 

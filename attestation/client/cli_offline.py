@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from attestation.client.cli_common import ACCEPTED, USAGE, moment, read_file, read_policy_of, say, show
+from attestation.client.second_opinion import ask, find_python
 from attestation.client.session import read_policy
 from attestation.errors import FormatError, InputError, PolicyError, VouchsafeError
 from attestation.gpu import GpuEndorsements, from_nvidia_json
@@ -85,6 +86,10 @@ def _quote_case(case: Mapping[str, Any]) -> AttestationResult:  # Any: JSON valu
 
 def verify_gpu_file(options: Namespace) -> int:
     if options.batch:
+        if options.second_opinion:
+            raise InputError(
+                "INPUT_USAGE", "a batch is judged by us alone", expected="--batch without --second-opinion"
+            )
         return _batch(options.batch, _gpu_case)
     _need(options, nonce="--nonce HEX", at="--at T")
     if not options.evidence and not options.switches:
@@ -102,8 +107,16 @@ def verify_gpu_file(options: Namespace) -> int:
     now = moment(options.at)
     gpus, switches = (_evidence_list(f) if f else [] for f in (options.evidence, options.switches))
     endorsements = GpuEndorsements(_files(options.rim, "RIM"), _files(options.ocsp, "OCSP answer"))
+    python = find_python(options.nvidia_python) if options.second_opinion else None
     result = verify_gpu(from_nvidia_json(gpus, switches), endorsements, policy, nonce=nonce, now=now)
-    return show(result, options, options.evidence or options.switches)
+    subject = options.evidence or options.switches
+    if python is None:
+        return show(result, options, subject)
+    opinion = ask(
+        python, gpus, switches=len(switches), nonce=nonce, at=now, rims=endorsements.rims, ocsp=endorsements.ocsp,
+        roots=policy.roots, accepted=result.accepted,
+    )  # fmt: skip
+    return show(result, options, subject, beside={"second_opinion": opinion.as_json()})
 
 
 def _gpu_case(case: Mapping[str, Any]) -> AttestationResult:  # Any: JSON values, each checked here

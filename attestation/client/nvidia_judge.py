@@ -5,13 +5,15 @@ the verifier deletes and creates `verifier.log` there), with `python -I -B`. The
 
     roots       paths of two class attributes, when the caller names roots of its own
     RIM, OCSP   the two functions that would ask NVIDIA's services answer from the file: nothing leaves this machine
+    clock       certificates are judged at the job's time, as ours are: it knows none but this machine's
     NVML        "is this machine in developer mode" is answered no: there is no driver behind evidence in a file
     OCSP nonce  off: recorded answers carry none
 
     python -I -B nvidia_judge.py JOB.json ANSWER.json
 
-JOB: evidence [{certificate, evidence, arch}] in NVIDIA's shape, nonce (hex), rims (id → base64), ocsp (name →
-base64), roots {device, rim} (PEM or null). ANSWER: accepted, missing (what the job lacked), said (its complaints).
+JOB: evidence [{certificate, evidence, arch}] in NVIDIA's shape, nonce (hex), at (unix seconds), rims (id → base64),
+ocsp (name → base64), roots {device, rim} (PEM or null). ANSWER: accepted, missing (what the job lacked), said (its
+complaints).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import base64
 import json
 import logging
 import sys
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any  # Any: NVIDIA's modules have no types, and are not there when this file is type-checked
@@ -34,7 +37,7 @@ class Device:
 
     def __init__(self, number: int, entry: dict[str, str]) -> None:
         config, utils = import_module("verifier.config"), import_module("verifier.utils")
-        self.architecture = ARCHITECTURES.get(entry.get("arch", "HOPPER").upper(), 0)
+        self.architecture = ARCHITECTURES.get((entry.get("arch") or "HOPPER").upper(), 0)
         self.uuid = f"GPU-{number}"
         self.report = base64.b64decode(entry["evidence"])
         settings = config.GPU_ARCHITECTURE_MAP[self.architecture]
@@ -74,9 +77,16 @@ class Complaints(logging.Handler):
         self.missing: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage().strip()
+        self.add(record.getMessage())
+        cause = record.exc_info[1] if record.exc_info else None
+        while cause is not None:  # it logs what it raised, and hides why
+            self.add(str(cause))
+            cause = cause.__cause__ or cause.__context__
+
+    def add(self, text: str) -> None:
+        text = text.strip()[:300]
         if text and text not in self.said and len(self.said) < MAX_COMPLAINTS:
-            self.said.append(text[:300])
+            self.said.append(text)
 
 
 class Judge:
@@ -91,6 +101,7 @@ class Judge:
             logging.getLogger(name).addHandler(self.complaints)
         self._roots()
         self._services()
+        self._clock()
         import_module("verifier.nvml").NvmlHandler.is_cc_dev_mode = staticmethod(lambda: False)
         self.client = self.sdk.Attestation("second opinion")
         self.client.set_claims_version("3.0")
@@ -112,6 +123,16 @@ class Judge:
                 path.write_text(self.job["roots"][name])
                 setattr(self.settings, attribute, str(path))
 
+    def _clock(self) -> None:
+        context = import_module("OpenSSL.crypto").X509StoreContext
+        plain, at = context.__init__, datetime.fromtimestamp(self.job["at"], UTC)
+
+        def timed(made: Any, store: Any, *arguments: Any, **named: Any) -> None:
+            store.set_time(at)
+            plain(made, store, *arguments, **named)
+
+        context.__init__ = timed
+
     def _services(self) -> None:
         ocsp = import_module("cryptography.x509.ocsp")
         rims = {name: base64.b64decode(text).decode() for name, text in self.job["rims"].items()}
@@ -121,7 +142,7 @@ class Judge:
                 answer = ocsp.load_der_ocsp_response(base64.b64decode(text))
                 answers[(answer.serial_number, answer.issuer_key_hash)] = answer
             except ValueError:
-                self.complaints.said.append("an OCSP answer cannot be read")
+                self.complaints.add("an OCSP answer cannot be read")
 
         def rim(name: str) -> str:
             if name not in rims:
@@ -148,7 +169,7 @@ def main() -> None:
         accepted = judge.verdict(judge.devices())
     except Exception as err:  # its parsers raise many kinds; each is a refusal
         accepted = False
-        judge.complaints.said.append(f"{type(err).__name__}: {err}"[:300])
+        judge.complaints.add(f"{type(err).__name__}: {err}")
     found = {"accepted": accepted, "missing": judge.complaints.missing, "said": judge.complaints.said}
     Path(sys.argv[2]).write_text(json.dumps(found))
 

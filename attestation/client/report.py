@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from attestation.result import AttestationResult, Check, Status
 
-__all__ = ["Paint", "printable", "render", "render_checks", "short"]
+__all__ = ["Paint", "printable", "render", "render_beside", "render_checks", "short"]
 
 WIDTH: Final = 100
 _COLOURS: Final = {"pass": "32", "fail": "31", "skip": "33", "bold": "1", "dim": "2"}
@@ -53,6 +53,15 @@ def render(result: AttestationResult, *, subject: str, paint: Paint) -> str:
             )
     lines += ["", paint(_anchors(result), "dim")]
     return "\n".join(lines)
+
+
+def render_beside(name: str, said: Mapping[str, object], paint: Paint) -> str:
+    """What another verifier said (verdict, agrees, detail): whether it differs from ours comes before why."""
+    words = {True: paint("agrees", "pass"), False: paint("DISAGREES", "fail"), None: paint("no opinion", "skip")}
+    word = words[said["agrees"] if isinstance(said["agrees"], bool) else None]
+    lines = ["", f"{paint(name.replace('_', ' '), 'bold')}  {word}: {said['verdict']}"]
+    detail = printable(str(said["detail"])).replace("\n", " ")
+    return "\n".join(lines + textwrap.wrap(detail, WIDTH, initial_indent="  ", subsequent_indent="  "))
 
 
 def render_checks(checks: Sequence[Check], paint: Paint) -> list[str]:

@@ -1,8 +1,8 @@
 """A second opinion on GPU evidence: NVIDIA's own Python SDK, in its own environment, beside our verifier.
 
 On request of an auditor only (`vouchsafe verify-gpu --second-opinion`): the SDK has defects that rule it out as a
-client's verifier (it accepts one GPU shown twice, and a good GPU that stands before a tampered one; it looks at no
-OCSP window, and at no clock but this machine's). So it is shown beside our verdict and changes nothing about it.
+client's verifier (it accepts one GPU shown twice, and a good GPU that stands before a tampered one, and looks at no
+OCSP window). So it is shown beside our verdict and changes nothing about it.
 
 It runs in its own process and in an empty working directory, without this process's environment, its output is thrown
 away, its answer is a small file read under a cap, and it has a time limit. Runs on the auditor's machine; trusts
@@ -43,7 +43,7 @@ class SecondOpinion:
     verdict   `unavailable` when it could not judge: an endorsement it insists on was not given, it broke, or it took
               too long
     agrees    whether its verdict is ours; None when it is unavailable
-    detail    one line: its complaint, or why there is none
+    detail    one line: its complaints (it may complain and accept), or why there is no verdict
     """
 
     verdict: Literal["accepted", "refused", "unavailable"]
@@ -75,6 +75,7 @@ def ask(
     *,
     switches: int,
     nonce: bytes,
+    at: int,
     rims: Mapping[str, bytes],
     ocsp: Mapping[str, bytes],
     roots: Roots,
@@ -91,6 +92,7 @@ def ask(
     job = {
         "evidence": [{k: str(e.get(k, "")) for k in ("certificate", "evidence", "arch")} for e in _entries(gpus)],
         "nonce": nonce.hex(),
+        "at": at,
         "rims": _text(rims),
         "ocsp": _text(ocsp),
         "roots": {
@@ -150,7 +152,7 @@ def _read(raw: bytes, *, switches: int, accepted: bool) -> SecondOpinion:
     if wanted and theirs is not True:
         return SecondOpinion("unavailable", None, _short(f"it insists on what was not given: {', '.join(wanted)}"))
     verdict: Literal["accepted", "refused"] = "accepted" if theirs is True else "refused"
-    detail = "" if theirs is True else "; ".join(complaints) or "it gave no reason"
+    detail = "; ".join(complaints) or ("" if theirs is True else "it gave no reason")
     if switches:
         detail = f"{detail}; {switches} switches not judged" if detail else f"{switches} switches not judged"
     return SecondOpinion(verdict, (theirs is True) == accepted, _short(detail))
@@ -163,7 +165,7 @@ def _short(text: str) -> str:
 
 
 def _entries(gpus: Sequence[object]) -> list[Mapping[str, Any]]:  # Any: JSON values, made text above
-    found = [entry for entry in gpus if isinstance(entry, dict)]
+    found: list[Mapping[str, Any]] = [entry for entry in gpus if isinstance(entry, dict)]
     if len(found) != len(gpus):
         raise FormatError("FORMAT_GPU_JSON", "the evidence is not a list of objects")
     return found

@@ -93,6 +93,7 @@ def nvidia(machine: Machine, nonce: bytes, entries: Entries) -> Iterator[Any]:  
     job = {
         "evidence": entries,
         "nonce": nonce.hex(),
+        "at": machine.now,
         "rims": _text(machine.endorsements.rims),
         "ocsp": _text(machine.endorsements.ocsp),
         "roots": {"device": pem["nvidia_device"], "rim": pem["nvidia_rim"]},
