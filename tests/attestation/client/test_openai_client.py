@@ -183,7 +183,13 @@ def test_refused_enclave_costs_retries_and_no_byte_of_the_prompt(story: Genuine)
 
 
 @pytest.mark.parametrize(
-    "base", ["http://demo.vouchsafe.test/v1", "https://other.test/v1", "https://demo.vouchsafe.test:444/v1"]
+    "base",
+    [
+        "http://demo.vouchsafe.test:443/v1",
+        "http://demo.vouchsafe.test/v1",
+        "https://other.test/v1",
+        "https://demo.vouchsafe.test:444/v1",
+    ],
 )
 def test_request_to_anywhere_else_is_refused_before_dialling(server: Server, story: Genuine, base: str) -> None:
     with client_of(server, story) as http, pytest.raises(InputError, match="INPUT_TARGET"):

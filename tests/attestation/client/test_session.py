@@ -39,6 +39,7 @@ from tests.attestation.client.enclave import (
     show,
 )
 from tests.attestation.client.ratls_server import Server, answer, plain_certificate
+from tests.devtee.tdx import CollateralSpec
 from tests.genuine import NAME, genuine
 
 SECRET = b"the user's own prompt"
@@ -399,6 +400,16 @@ def test_documents_that_do_not_fit_the_certificate_are_refused_after_they_were_f
         error = refused(session, server, "EVIDENCE_DIGEST")
         assert error.result is not None and server.requests == [FETCH]
         assert session.bundle(hashlib.sha256(second.evidence.leaf).digest()) is None
+
+
+def test_revocation_list_older_than_one_seen_before_is_refused() -> None:
+    first = genuine(collateral=CollateralSpec(crl_number=5))
+    second = genuine(key=1, collateral=CollateralSpec(crl_number=4))
+    with served(first) as server:
+        session = session_for(server, first)
+        talk(session, server)
+        show(server, second)
+        refused(session, server, "TDX_CRL_ROLLBACK")
 
 
 def test_damaged_bundle_is_refused() -> None:
