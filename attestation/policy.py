@@ -299,7 +299,7 @@ def _roots(t: Table, development: bool) -> Roots:
         try:
             der = base64.b64decode("".join(match[1].split()), validate=True)
             x509.load_der_x509_certificate(der)
-        except ValueError:
+        except Exception:  # not all of the library's refusals are ValueErrors (InvalidVersion is none)
             t.bad(key, '"built-in" or one PEM certificate', "PEM that holds no certificate")
         return der
 

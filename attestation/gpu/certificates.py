@@ -99,8 +99,9 @@ def split_pem(text: bytes) -> tuple[bytes, ...]:
         )  # fmt: skip
     try:
         return tuple(x509.load_pem_x509_certificate(p).public_bytes(serialization.Encoding.DER) for p in parts)
-    except ValueError:
-        raise FormatError("FORMAT_GPU_PEM", "a certificate of the PEM chain does not parse") from None
+    except Exception as err:  # not all of the library's refusals are ValueErrors (InvalidVersion is none)
+        why = f"a certificate of the PEM chain does not parse ({type(err).__name__})"
+        raise FormatError("FORMAT_GPU_PEM", why) from None
 
 
 def bit_string(value: bytes) -> bytes:
