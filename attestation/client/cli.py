@@ -106,6 +106,7 @@ def _service(commands: Any) -> None:
     p.add_argument("target", metavar="TARGET", help="https://NAME[:PORT], or a bundle file")
     _live(p, policy=False)
     p.add_argument("--at", metavar="T", help="for a bundle: when to judge it (default: its own time)")
+    p.add_argument("--grace", metavar="TIME", help="with --at: judge it at its own time, if not older than this")
     p.add_argument("--name", metavar="NAME", help="for a bundle: the DNS name it must be for")
 
     p = _command(commands, "bundle", "cli_service", "bundle", "save all that is needed to verify later, offline")

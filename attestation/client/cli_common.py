@@ -35,6 +35,7 @@ __all__ = [
     "read_policy_of",
     "read_file",
     "say",
+    "seconds",
     "show",
     "write_file",
 ]
@@ -152,3 +153,11 @@ def read_policy_of(options: Namespace) -> Policy | None:
 def policy_of(options: Namespace) -> Policy:
     """`--policy`, or the built-in policy `platform`."""
     return read_policy_of(options) or platform_policy()
+
+
+def seconds(text: str) -> int:
+    """A duration such as `30m`, `24h` or `7d`."""
+    match = re.fullmatch(r"([0-9]{1,5})([smhd])", text)
+    if match is None:
+        raise InputError("INPUT_TIME", "not a duration", expected="such as 30m, 24h or 7d", actual=text)
+    return int(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]

@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, cast
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from attestation.client.cli_common import ACCEPTED, REFUSED, emit, moment, read_file, say, write_file
+from attestation.client.cli_common import ACCEPTED, REFUSED, emit, moment, read_file, say, seconds, write_file
 from attestation.client.report import printable
 from attestation.deployment import (
     DEPLOYMENT_PAYLOAD_TYPE,
@@ -46,8 +46,6 @@ __all__ = [
 ]
 
 MAX_DOCUMENT: Final = 256 * 1024
-_DURATION: Final = re.compile(r"([0-9]{1,5})([smhd])")
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def new_deployment(options: Namespace) -> int:
@@ -56,7 +54,7 @@ def new_deployment(options: Namespace) -> int:
         operator=options.operator,
         serial=options.serial,
         not_before=start,
-        not_after=start + _seconds(options.valid),
+        not_after=start + seconds(options.valid),
         dns_names=[n.lower() for n in options.dns_name],
         roles=options.role,
         configs=[_digest_of(c, "config") for c in options.config],
@@ -79,7 +77,7 @@ def new_status(options: Namespace) -> int:
     payload = new_status_list(
         serial=options.serial,
         issued_at=start,
-        next_update=start + _seconds(options.valid),
+        next_update=start + seconds(options.valid),
         releases=[_payload_digest_of(r, "release") for r in options.release or ()],
         configs=[_digest_of(c, "config") for c in options.config or ()],
         platforms=[salted(salt, _platform(p)[1]) for p in options.platform or ()],
@@ -98,7 +96,7 @@ def new_tcb_exception(options: Namespace) -> int:
         fmspc=_hex(options.fmspc, 6, "--fmspc") if options.fmspc else None,
         reason=options.reason,
         not_before=start,
-        not_after=start + _seconds(options.valid),
+        not_after=start + seconds(options.valid),
     )
     return _written(payload, options)
 
@@ -224,10 +222,3 @@ def _hex(text: str, size: int | None, what: str) -> bytes:
     if not re.fullmatch(r"([0-9a-fA-F]{2})+", text) or (size is not None and len(text) != 2 * size):
         raise InputError("INPUT_HEX", f"{what} cannot be used", expected=wanted, actual=text)
     return bytes.fromhex(text)
-
-
-def _seconds(text: str) -> int:
-    match = _DURATION.fullmatch(text)
-    if match is None:
-        raise InputError("INPUT_TIME", "not a duration", expected="such as 30m, 24h or 7d", actual=text)
-    return int(match[1]) * _UNITS[match[2]]

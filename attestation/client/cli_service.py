@@ -19,6 +19,7 @@ from attestation.client.cli_common import (
     policy_of,
     read_file,
     say,
+    seconds,
     show,
     write_file,
 )
@@ -52,8 +53,16 @@ def _verify_saved(options: Namespace) -> int:
         raise InputError("INPUT_ADDRESS", "--connect is for a live service", actual=options.connect)
     policy = policy_of(options)
     saved = Bundle.decode(read_file(options.target, "bundle", MAX_BUNDLE))
-    name = options.name.lower() if options.name else None
-    result = verify(saved.evidence, saved.endorsements, policy, now=own_time(saved, options.at), name=name)
+    name = None if options.name is None else options.name.lower()
+    now, looked_back = own_time(saved, options.at), None
+    if options.grace is not None:
+        if not options.at:
+            raise InputError(
+                "INPUT_TIME", "--grace says how long after its own time a bundle may be used: give --at too"
+            )
+        looked_back = (now, seconds(options.grace))
+        now = own_time(saved, None)
+    result = verify(saved.evidence, saved.endorsements, policy, now=now, name=name, looked_back=looked_back)
     return show(result, options, options.target)
 
 

@@ -80,6 +80,8 @@ def render_checks(checks: Sequence[Check], paint: Paint) -> list[str]:
                 )
     passed = sum(c.status is Status.PASS for c in others)
     lines += ["", paint(f"checks: {passed} passed, {len(failed)} failed, {len(others) - passed} skipped", "bold")]
+    # What was not looked at stands before the long list of what was.
+    others.sort(key=lambda c: c.status is not Status.SKIP)
     lines += [
         f"  {paint(c.status.value, c.status.value)}  {c.id:{_width(others)}}  {short(c.reason, 120)}" for c in others
     ]
@@ -104,6 +106,12 @@ def _summary(claims: Mapping[str, Any], policy: str) -> list[str]:  # Any: JSON 
         lines.append(f"  release   {short(str(claims['version']))}")
     for model in claims.get("models", []):
         lines.append(f"  model     {short(str(model['id']))}  {short(str(model['weights']), 40)}")
+    devices = claims.get("gpu", {}).get("devices", [])
+    for name in dict.fromkeys(str(d["hwmodel"]) for d in devices):
+        number = sum(d["hwmodel"] == name for d in devices)
+        lines.append(f"  device    {number} x {short(name)}")
+    if "channel" in claims:
+        lines.append(f"  channel   proven for this connection, bound to the {short(str(claims['channel']['binding']))}")
     return lines
 
 
@@ -123,6 +131,8 @@ def _claims(claims: Mapping[str, Any], paint: Paint) -> list[str]:  # Any: JSON 
 def _claim(name: str, value: Any) -> list[str]:  # Any: a JSON value
     if value in ("", [], None):
         return []
+    if isinstance(value, dict):
+        value = ", ".join(f"{k} {v}" for k, v in value.items() if v is not None)
     if not isinstance(value, list):
         return [f"  {name:20}  {short(str(value), 100)}"]
     rows = [", ".join(f"{k} {v}" for k, v in row.items() if v) if isinstance(row, dict) else str(row) for row in value]
