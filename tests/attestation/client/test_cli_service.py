@@ -20,9 +20,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from attestation.bundle import Bundle
 from attestation.client.cli import main
 from attestation.client.openai import attested_client
 from attestation.client.session import read_policy
+from attestation.ratls import Leaf
 from tests.attestation.client.ratls_server import Server, plain_certificate
 from tests.demo.provision import Provisioned, provision
 from tests.devtee.running import running_machine
@@ -161,10 +163,19 @@ def test_bundle_saved_now_verifies_offline_later(
     assert main(["verify", str(path), *policy]) == 0
     assert main(["verify", str(path), *policy, "--name", NAME]) == 0
     capsys.readouterr()
-    assert main(["verify", str(path), *policy, "--name", "other.test"]) == 1
-    assert "LEAF_NAME" in capsys.readouterr().out
+    for wrong in ("other.test", ""):  # an unset shell variable is no reason to skip the name
+        assert main(["verify", str(path), *policy, "--name", wrong]) == 1
+        assert "LEAF_NAME" in capsys.readouterr().out
     assert main(["verify", str(path), *policy, "--at", "2040-01-01T00:00:00Z"]) == 1
     assert "LEAF_EXPIRED" in capsys.readouterr().out
+    later = str(Leaf.parse(Bundle.decode(path.read_bytes()).evidence.leaf).not_before + 20 * 86400)
+    assert main(["verify", str(path), *policy, "--at", later]) == 1
+    assert main(["verify", str(path), *policy, "--at", later, "--grace", "30d"]) == 0
+    assert "bundle.age" in capsys.readouterr().out
+    assert main(["verify", str(path), *policy, "--at", later, "--grace", "7d"]) == 1
+    assert "BUNDLE_AGE" in capsys.readouterr().out
+    assert main(["verify", str(path), *policy, "--at", "1000000000", "--grace", "30d"]) == 1
+    assert main(["verify", str(path), *policy, "--grace", "30d"]) == 2
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
