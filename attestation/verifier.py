@@ -81,13 +81,22 @@ def verify(
     now: int,
     name: str | None,
     crl_floor: CrlNumbers | None = None,
+    looked_back: tuple[int, int] | None = None,
 ) -> AttestationResult:
     """Steps (1) to (6) at *now* (unix seconds, the caller's own clock).
 
     name       the name dialled, lower case; None only for a saved bundle
     crl_floor  highest CRL numbers this client has seen; those of this result are in its claims
+    looked_back  (when the question is asked, grace in seconds) for a saved bundle that is judged at its own time *now*
     """
     checks = Checks()
+    if looked_back is not None:
+        asked, grace = looked_back
+        checks.require(
+            "bundle.age", now <= asked <= now + grace, code="BUNDLE_AGE",
+            reason="the bundle, judged at its own time, is not older than the grace allows",
+            expected=f"{now} to {now + grace}", actual=asked, cite=RATLS,
+        )  # fmt: skip
     found = _guarded(checks, lambda: walk(evidence, endorsements, policy, now, name, crl_floor, checks))
     _complete(checks, _wanted(policy, name))
     return conclude(
