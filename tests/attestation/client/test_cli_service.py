@@ -179,6 +179,7 @@ def test_bundle_saved_now_verifies_offline_later(
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
+    capsys.readouterr()
     assert main(["verify", str(path), *policy, "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["codes"] == ["FORMAT_BUNDLE"]
 
