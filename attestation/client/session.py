@@ -21,6 +21,7 @@ from typing import Final
 from attestation.bundle import Bundle
 from attestation.channel import ChannelProof
 from attestation.client.fetch import dial, fetch_evidence
+from attestation.client.floor import CrlFloor
 from attestation.client.handshake import Appraisal, Handshake, NotAttested
 from attestation.client.target import Target
 from attestation.client.tls import AttestedContext
@@ -75,7 +76,7 @@ class AttestedSession:
         self._fetching = threading.Lock()
         self._bundles: dict[bytes, Bundle] = {}  # by leaf digest, oldest first
         self._known: dict[bytes, _Known] = {}  # likewise
-        self._crl_floor = CrlNumbers()  # a CRL that this session has seen is not followed by an older one
+        self._crl_floor = CrlFloor(cache_dir, policy.roots.intel)  # a CRL seen once is not followed by an older one
         self._context: AttestedContext | None = None
         self.last_result: AttestationResult | None = None
 
@@ -182,7 +183,13 @@ class AttestedSession:
             )
             evidence, endorsements = known.bundle.evidence, known.bundle.endorsements
             result = verify_channel(
-                result, evidence, endorsements, self.policy, proof, now=int(self._clock()), crl_floor=self._crl_floor
+                result,
+                evidence,
+                endorsements,
+                self.policy,
+                proof,
+                now=int(self._clock()),
+                crl_floor=self._crl_floor.numbers,
             )
             if not result.accepted:
                 self._refuse(result)
@@ -203,7 +210,12 @@ class AttestedSession:
 
     def _verify(self, bundle: Bundle, now: int) -> AttestationResult:
         return verify(
-            bundle.evidence, bundle.endorsements, self.policy, now=now, name=self.name, crl_floor=self._crl_floor
+            bundle.evidence,
+            bundle.endorsements,
+            self.policy,
+            now=now,
+            name=self.name,
+            crl_floor=self._crl_floor.numbers,
         )
 
     def _refuse(self, result: AttestationResult) -> None:
@@ -225,7 +237,7 @@ class AttestedSession:
         known = _Known(bundle, result)
         self.offer(bundle)
         with self._lock:
-            self._crl_floor = self._crl_floor.merge(CrlNumbers(**result.claims["tdx"]["crl_numbers"]))
+            self._crl_floor.raise_to(CrlNumbers(**result.claims["tdx"]["crl_numbers"]))
             self._known.pop(digest, None)
             self._known[digest] = known
             _trim(self._known)

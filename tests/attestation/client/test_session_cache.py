@@ -111,6 +111,32 @@ def test_revocation_list_older_than_one_seen_before_is_refused() -> None:
         refused(session, server, "TDX_CRL_ROLLBACK")
 
 
+def test_revocation_list_older_than_one_seen_in_an_earlier_run_is_refused(tmp_path: Path) -> None:
+    first = genuine(collateral=CollateralSpec(crl_number=5))
+    second = genuine(key=1, collateral=CollateralSpec(crl_number=4))
+    with served(first) as server:
+        talk(session_for(server, first, cache_dir=tmp_path), server)
+    for bundle in tmp_path.glob("*.bundle"):
+        bundle.unlink()
+    with served(second) as server:
+        refused(session_for(server, second, cache_dir=tmp_path), server, "TDX_CRL_ROLLBACK")
+    with served(second) as server:  # the control: a client that has seen nothing has nothing to compare with
+        talk(session_for(server, second), server)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"root": -1}', '{"root": true, "platform": 1, "processor": 1}', "x" * 9999]
+)
+def test_damaged_crl_numbers_on_disk_count_as_none(tmp_path: Path, content: str) -> None:
+    story = genuine()
+    with served(story) as server:
+        talk(session_for(server, story, cache_dir=tmp_path), server)
+        path = next(tmp_path.glob("crl-*.json"))
+        path.write_text(content)
+        talk(session_for(server, story, cache_dir=tmp_path), server)
+        assert '"root": 1' in path.read_text()
+
+
 def test_damaged_bundle_is_refused() -> None:
     story = genuine()
     raw = bytearray(story.bundle())
@@ -137,7 +163,7 @@ def test_tampered_cache_on_disk_is_not_believed(tmp_path: Path) -> None:
     story = genuine()
     with served(story) as server:
         talk(session_for(server, story, cache_dir=tmp_path), server)
-        path = next(tmp_path.iterdir())
+        path = next(tmp_path.glob("*.bundle"))
         raw = bytearray(path.read_bytes())
         raw[100] ^= 1
         path.write_bytes(raw)
