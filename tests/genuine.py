@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,7 +22,6 @@ from typing import Any, Final, Literal, cast
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from attestation import binding
 from attestation.bundle import Bundle
@@ -57,6 +55,17 @@ from tests.devtee.pki import Pki
 from tests.devtee.rim import RimSpec
 from tests.devtee.tdx import CollateralSpec, QuoteForm
 from tests.devtee.tee import DevTee
+from tests.pinned import (
+    MACHINE_GPUS,
+    Drop,
+    any_reason,
+    leaf_key,
+    machine,
+    operator_key,
+    policy_text,
+    receipt_key,
+    signer_key,
+)
 
 __all__ = [
     "CONFIG", "EXPORTER", "MODEL", "NAME", "NONCE", "NOW", "SALT", "Drop", "Genuine", "Shown", "Story", "any_reason",
@@ -73,54 +82,6 @@ SALT: Final = hashlib.sha256(b"the statement's salt").digest()
 MODEL: Final = ModelClaim("parrot", "sha256:" + hashlib.sha256(b"the weights").hexdigest())
 DRAIN: Final = 600
 EVENT_TAG: Final = 6
-MACHINE_GPUS: Final = 8
-
-
-class Drop:
-    """In `Story.policy`: leave the field out."""
-
-
-def any_reason(why: str = "this test does not look at it") -> dict[str, str]:
-    """What a policy writes to leave a check out."""
-    return {"any": why}
-
-
-@cache
-def _machine(number: int) -> Pki:
-    return Pki.fresh(MACHINE_GPUS)
-
-
-@cache
-def _ed25519(purpose: str, number: int) -> Ed25519PrivateKey:
-    return Ed25519PrivateKey.generate()
-
-
-@cache
-def _p256(number: int) -> ec.EllipticCurvePrivateKey:
-    return ec.generate_private_key(ec.SECP256R1())
-
-
-def machine(number: int = 0) -> Pki:
-    """The PKI of machine *number*: each is a world of its own, roots included."""
-    return _machine(number)
-
-
-def operator_key(number: int = 0) -> Ed25519PrivateKey:
-    """0 to 2 are pinned by the honest policy."""
-    return _ed25519("operator", number)
-
-
-def signer_key(number: int = 0) -> Ed25519PrivateKey:
-    """Of release manifests; 0 to 2 are pinned by the honest policy."""
-    return _ed25519("signer", number)
-
-
-def receipt_key(number: int = 0) -> Ed25519PrivateKey:
-    return _ed25519("receipt", number)
-
-
-def leaf_key(number: int = 0) -> ec.EllipticCurvePrivateKey:
-    return _p256(number)
 
 
 def gpu_serial(pki: Pki, index: int) -> bytes:
@@ -333,7 +294,7 @@ class Story:
             "not_before": datetime.fromtimestamp(self.issued_at - 86400, UTC),
             "max_age_days": 90,
         }
-        payload = new_manifest(**(fields | self.manifest))
+        payload = new_manifest(**{**fields, **self.manifest})
         keys = [signer_key(n) for n in self.manifest_keys]
         return sign(self.manifest_type, payload, keys), hashlib.sha256(payload).digest()
 
@@ -353,7 +314,7 @@ class Story:
             "platforms": [("piid", tee.pki.facts.piid)],
             "gpus": [gpu_serial(tee.pki, n) for n in range(MACHINE_GPUS)] if self.gpus else None,
         }
-        payload = new_statement(**(fields | self.statement))
+        payload = new_statement(**{**fields, **self.statement})
         keys = [operator_key(n) for n in self.statement_keys]
         return sign(self.statement_type, payload, keys), hashlib.sha256(payload).digest()
 
@@ -366,7 +327,7 @@ class Story:
             "next_update": self.issued_at + 3000,
             "platforms": [salted(SALT, b"another platform")],
         }
-        payload = new_status_list(**(fields | self.status))
+        payload = new_status_list(**{**fields, **self.status})
         keys = [operator_key(n) for n in self.status_keys] + [signer_key(n) for n in self.status_release_keys]
         return sign(self.status_type, payload, keys)
 
@@ -379,7 +340,7 @@ class Story:
             "spki_sha256": hashlib.sha256(spki).digest(),
             "domain": self.names[0],
         }
-        return jcs(keyset_document(**(fields | self.keyset)))
+        return jcs(keyset_document(**{**fields, **self.keyset}))
 
     def _boot(self, tee: DevTee, release: bytes) -> bytes:
         """Measure the items into RTMR3; the log as the claims' digest covers it."""
@@ -507,78 +468,3 @@ class Genuine:
 def genuine(**changes: Any) -> Genuine:
     """The honest story with *changes* (fields of `Story`), told."""
     return Story(**changes).tell()
-
-
-def policy_text(tee: DevTee, changes: Mapping[str, Any] | None = None, *, gpus: int = 1) -> str:
-    """A whole development policy for *tee*, TOML. *changes*: dotted field → value, `Drop`, or `any_reason()`."""
-    pem = {name: text.decode() for name, text in tee.roots_pem.items()}
-    document: dict[str, Any] = {
-        "version": 1,
-        "name": "genuine",
-        "development": True,
-        "roots": {
-            "intel": pem["intel"],
-            "nvidia-device": pem["nvidia_device"],
-            "nvidia-rim": pem["nvidia_rim"],
-        },
-        "tdx": {
-            "tcb-status": ["UpToDate"],
-            "advisories": [],
-            "min-tcb-evaluation": 20,
-            "max-collateral-age-days": 30,
-            "td-attributes": ["0x10000000"],
-            "xfam": ["0x600e7"],
-            "mrseam": [tee.td.mrseam.hex()],
-            "mrconfigid": "zero",
-            "mrowner": "zero",
-            "mrownerconfig": "zero",
-            "platforms": [tee.pki.facts.piid.hex()],
-        },
-        "gpu": {
-            "count": gpus,
-            "switches": 0,
-            "mode": "spt",
-            "drivers": [devgpu.DRIVER],
-            "vbios": [devgpu.VBIOS],
-            "hwmodels": any_reason("the manifest's RIMs name the chip"),
-            "require": ["all"],
-        }
-        if gpus
-        else any_reason("a machine without a GPU"),
-        "release": {"signers": [public_bytes(signer_key(n)).hex() for n in range(3)], "threshold": 1},
-        "deployment": {
-            "operators": [public_bytes(operator_key(n)).hex() for n in range(3)],
-            "threshold": 1,
-            "min-serial": 5,
-            "role": "both",
-            "status-list": "required",
-        },
-        "channel": {"proof": "exporter", "fresh-gpu": False},
-    }
-    for path, value in (changes or {}).items():
-        *parents, last = path.split(".")
-        table = document
-        for parent in parents:
-            table = table[parent]
-        if value is Drop:
-            del table[last]
-        else:
-            table[last] = value
-    return toml(document)
-
-
-def toml(document: Mapping[str, Any]) -> str:
-    """*document* as TOML: inline values first, then its tables."""
-    lines = [f"{k} = {_value(v)}" for k, v in document.items() if not isinstance(v, dict) or "any" in v]
-    for name, table in document.items():
-        if isinstance(table, dict) and "any" not in table:
-            lines += ["", f"[{name}]", *(f"{k} = {_value(v)}" for k, v in table.items())]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{k} = {_value(v)}" for k, v in value.items()) + " }"
-    if isinstance(value, list):
-        return "[" + ", ".join(_value(v) for v in value) + "]"
-    return json.dumps(value, ensure_ascii=False)

@@ -83,6 +83,14 @@ def test_missing_model_names_the_stage_and_the_way_out(tmp_path: Path, capsys: p
 
 
 def test_second_interrupt_does_not_stop_the_clean_up() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job inherits "ignore"
+    try:
+        _interrupt_twice()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt_twice() -> None:
     with undisturbed():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGTERM)
