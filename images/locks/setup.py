@@ -102,7 +102,7 @@ def pip(arguments: list[str], failure: str, hint: str) -> None:
                 print(f"\r  {count}/{total} {name:<40}", end="", flush=True)
             elif count % 25 == 0:
                 print(f"  {count}/{total}", flush=True)
-        elif line.startswith("Installing collected packages"):
+        elif line.startswith("Installing collected packages") and count:
             print(f"{chr(13) if tty else ''}  unpacking {count} of {total} {'':<40}", flush=True)
     if process.wait() != 0:
         print("\n".join(tail), file=sys.stderr)
