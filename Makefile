@@ -11,7 +11,7 @@ ifeq ($(VOUCHSAFE_VECTORS),)
 unexport VOUCHSAFE_VECTORS
 endif
 
-.PHONY: help system setup demo run test check format bench fuzz interop lock clean
+.PHONY: help system setup demo run test check format bench fuzz interop ci-long lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -34,6 +34,8 @@ run: setup ## the same, and keep serving
 test: setup ## all tests that need no special hardware
 	$(PY) -m pytest -q $(TESTS)
 
+ci-long: bench fuzz interop ## everything that takes longer than CI has
+
 check: setup ## format, lint, types, import contracts
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
@@ -51,7 +53,8 @@ interop: setup ## evidence of the development TEE judged by NVIDIA's own verifie
 bench: setup ## ratios against peers in one run, build/bench.json
 	$(PY) -m tests.bench
 
-fuzz: setup ## coverage-guided fuzzing of every parser that reads the other side's bytes (SECONDS=60 each)
+fuzz: setup ## every byte of real evidence changed once, then coverage-guided fuzzing of every parser (SECONDS=60 each)
+	VOUCHSAFE_SWEEP=all $(PY) -m pytest -q --timeout 3600 tests/attestation/tdx/test_sweep.py tests/attestation/gpu
 	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),60)
 
 lock: setup ## refresh the lock from its .in file, showing what changed

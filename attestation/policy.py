@@ -204,7 +204,7 @@ _NO_MODE: Final = Skip("no mode given")
 def platform_policy(
     *,
     roots: Roots = BUILT_IN_ROOTS,
-    min_tcb_evaluation: int | Skip = 19,
+    min_tcb_evaluation: int | Skip = 20,
     gpu_require: frozenset[str] = frozenset(GPU_STAGES),
     gpu_count: int | Skip = _NO_COUNT,
     gpu_switches: int | Skip = _NO_COUNT,

@@ -264,7 +264,7 @@ def test_the_built_in_policy_appraises_the_platform_and_says_what_it_leaves_out(
         assert isinstance(left_out, Skip)
         assert len(left_out.why) > 8
     others = [
-        platform_policy(min_tcb_evaluation=20), platform_policy(gpu_count=8), platform_policy(gpu_mode="ppcie"),
+        platform_policy(min_tcb_evaluation=21), platform_policy(gpu_count=8), platform_policy(gpu_mode="ppcie"),
         platform_policy(gpu_require=frozenset({"nonce"})),
         platform_policy(roots=Roots(TEE.roots.intel, TEE.roots.nvidia_device, TEE.roots.nvidia_rim)),
         platform_policy(roots=Roots(TEE.roots.intel, TEE.roots.intel, TEE.roots.nvidia_rim)),
