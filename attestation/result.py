@@ -31,6 +31,10 @@ class Status(StrEnum):
     SKIP = "skip"
 
 
+# Bound once: a lookup through the class costs more than the check it records.
+_PASS, _FAIL, _SKIP = Status.PASS, Status.FAIL, Status.SKIP
+
+
 @dataclass(frozen=True, slots=True)
 class Check:
     """One question asked of the evidence, and its answer.
@@ -74,12 +78,12 @@ class Checks:
 
     @property
     def failed(self) -> list[Check]:
-        return [c for c in self._list if c.status is Status.FAIL]
+        return [c for c in self._list if c.status is _FAIL]
 
     def add(self, check: Check) -> bool:
         """Record *check*; true when it did not fail."""
         self._list.append(_printable(check))
-        return check.status is not Status.FAIL
+        return check.status is not _FAIL
 
     def extend(self, checks: Iterable[Check]) -> None:
         self._list.extend(checks)
@@ -96,7 +100,7 @@ class Checks:
         cite: str = "",
     ) -> bool:
         """Record pass when *ok* is true, else fail with *code*. *reason* says what is asked, in both cases."""
-        status = Status.PASS if ok is True else Status.FAIL
+        status = _PASS if ok is True else _FAIL
         return self.add(Check(id, status, OK if ok is True else code, reason, show(expected), show(actual), cite))
 
     def equal(self, id: str, expected: object, actual: object, *, code: str, reason: str, cite: str = "") -> bool:
@@ -106,11 +110,11 @@ class Checks:
 
     def skip(self, id: str, reason: str, *, cite: str = "") -> None:
         """Record that the question was not asked, and why."""
-        self.add(Check(id, Status.SKIP, SKIPPED, reason, cite=cite))
+        self.add(Check(id, _SKIP, SKIPPED, reason, cite=cite))
 
     def fail(self, id: str, error: VouchsafeError, *, cite: str = "") -> None:
         """Record *error* as a failed check with the error's own code."""
-        self.add(Check(id, Status.FAIL, error.code, error.reason, error.expected, error.actual, cite))
+        self.add(Check(id, _FAIL, error.code, error.reason, error.expected, error.actual, cite))
 
     def parse(self, id: str, parser: Callable[[], T], *, reason: str, cite: str = "") -> T | None:
         """Run *parser*; its value and a pass, or None and a failed check when it raises a `FormatError`."""
@@ -177,11 +181,11 @@ class AttestationResult:
     @property
     def codes(self) -> tuple[str, ...]:
         """Codes of the failed checks, in order, each once."""
-        return tuple(dict.fromkeys(c.code for c in self.checks if c.status is Status.FAIL))
+        return tuple(dict.fromkeys(c.code for c in self.checks if c.status is _FAIL))
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        return tuple(c for c in self.checks if c.status is Status.FAIL)
+        return tuple(c for c in self.checks if c.status is _FAIL)
 
     def as_json(self) -> dict[str, Any]:  # Any: JSON values
         return {
@@ -214,7 +218,7 @@ def conclude(
 
     Claims of a refused result are dropped, so that nobody reads facts out of evidence that was not accepted."""
     if not checks.failed:
-        asked = any(c.status is Status.PASS for c in checks)
+        asked = any(c.status is _PASS for c in checks)
         if not asked:
             checks.require("result.asked", False, code="RESULT_NOTHING_ASKED", reason="at least one check was made")
     book = tuple(checks)
@@ -236,7 +240,7 @@ def conclude(
 
 def _printable(check: Check) -> Check:
     """*check* without control characters: its texts may quote hostile evidence, and end up on a terminal."""
-    if (check.reason + check.expected + check.actual).isprintable():
+    if check.reason.isprintable() and check.expected.isprintable() and check.actual.isprintable():
         return check
     return replace(
         check, reason=_escaped(check.reason), expected=_escaped(check.expected), actual=_escaped(check.actual)
@@ -249,7 +253,9 @@ def _escaped(text: str) -> str:
 
 def show(value: object) -> str:
     """Render for a person: bytes as hex, sequences joined, long text cut at 200 characters."""
-    if isinstance(value, bytes):
+    if isinstance(value, str):
+        text = value
+    elif isinstance(value, bytes):
         text = value.hex()
     elif isinstance(value, (list, tuple, set, frozenset)):
         parts = [show(v) for v in value]
