@@ -72,13 +72,14 @@ class Handshake:
 
     leaf      DER as the peer sent it; the peer holds its key (CertificateVerify), nothing else is known
     group     negotiated key exchange group, "" when unknown
-    exporter  nonce (32 bytes) -> 32 bytes, from this connection's own secrets (RFC 8446 §7.5)
+    exporter  nonce (32 bytes) -> 32 bytes, from this connection's own secrets (RFC 8446 §7.5); None where the TLS
+              library has none (`ssl`): the channel proof is then bound to the key alone
     """
 
     leaf: bytes
     group: str
     cipher: str
-    exporter: Callable[[bytes], bytes]
+    exporter: Callable[[bytes], bytes] | None
 
 
 Appraisal = Generator[Question, Answer, AttestationResult | None]

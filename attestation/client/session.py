@@ -177,10 +177,10 @@ class AttestedSession:
         result = known.result
         if not isinstance(self.policy.channel.proof, Skip):
             nonce = os.urandom(32)
-            answer = yield ProveChannel(nonce, self.policy.channel.fresh_gpu, "exporter")
-            proof = ChannelProof.from_answer(
-                answer.expect_ok("the channel proof"), nonce=nonce, exporter=handshake.exporter(nonce)
-            )
+            exporter = None if handshake.exporter is None else handshake.exporter(nonce)
+            # Without an exporter the proof is bound to the key: the verifier refuses it where the policy wants more.
+            answer = yield ProveChannel(nonce, self.policy.channel.fresh_gpu, "key" if exporter is None else "exporter")
+            proof = ChannelProof.from_answer(answer.expect_ok("the channel proof"), nonce=nonce, exporter=exporter)
             evidence, endorsements = known.bundle.evidence, known.bundle.endorsements
             result = verify_channel(
                 result,
