@@ -17,7 +17,7 @@ from attestation.client.handshake import Appraiser, Link, NotAttested, client_co
 from attestation.client.sockets import AttestedObject, AttestedSocket
 from attestation.errors import RefusedError, VouchsafeError
 
-__all__ = ["Appraiser", "AttestedContext", "NotAttested", "find"]
+__all__ = ["Appraiser", "AttestedContext", "NotAttested", "check_name", "find"]
 
 HANDSHAKE_SECONDS = 30.0
 
@@ -74,22 +74,23 @@ class AttestedContext(ssl.SSLContext):
             raise ValueError("an attested connection never resumes a session")
         link = Link(self._openssl, self._appraiser, self._seconds)
         try:
-            self._check_name(server_hostname)
+            check_name(self._appraiser, server_hostname)
             self._appraiser.prepare()
         except (VouchsafeError, NotAttested) as err:
             # Told by the handshake, where every library expects it, and before a byte is sent.
             link.refuse(err)
         return link
 
-    def _check_name(self, server_hostname: str | bytes | None) -> None:
-        if isinstance(server_hostname, bytes):
-            server_hostname = server_hostname.decode("ascii", "replace")
-        name = self._appraiser.name
-        if server_hostname is not None and server_hostname.lower().removesuffix(".") != name:
-            raise RefusedError(
-                "CLIENT_NAME",
-                "this context is for another name",
-                expected=name,
-                actual=server_hostname,
-                hint="make one context per service; to dial an address give the name as server_hostname",
-            )
+
+def check_name(appraiser: Appraiser, server_hostname: str | bytes | None) -> None:
+    """That a library dials the one service that *appraiser* decides about. Raises `RefusedError` (`CLIENT_NAME`)."""
+    if isinstance(server_hostname, bytes):
+        server_hostname = server_hostname.decode("ascii", "replace")
+    if server_hostname is not None and server_hostname.lower().removesuffix(".") != appraiser.name:
+        raise RefusedError(
+            "CLIENT_NAME",
+            "this context is for another name",
+            expected=appraiser.name,
+            actual=server_hostname,
+            hint="make one context per service; to dial an address give the name as server_hostname",
+        )
