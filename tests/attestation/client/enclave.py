@@ -60,7 +60,8 @@ def prove(story: Genuine, connection: Connection, body: bytes, **lies: Any) -> b
     request = json.loads(body)
     nonce = base64.urlsafe_b64decode(request["nonce"] + "=")
     exporter = connection.exporter(LABEL, nonce)
-    return answer(proof_json(story.channel(nonce=nonce, exporter=exporter, gpu=request["gpu"], **lies)))
+    told: dict[str, Any] = {"gpu": request["gpu"], "binding_": request["binding"], **lies}
+    return answer(proof_json(story.channel(nonce=nonce, exporter=exporter, **told)))
 
 
 def proof_json(proof: ChannelProof) -> bytes:
