@@ -43,7 +43,7 @@ CAP: Final = 2048 * KIB
 """What one hostile certificate may cost the client at its worst moment; seen: 70 KiB to 1 MiB."""
 CROWD: Final = 1000
 EACH: Final = 512 * KIB
-"""What one of a thousand connections may cost; seen: 291 KiB, of which 256 are the buffer that asyncio gives to each."""
+"""What one of a thousand connections may cost; seen: 291 KiB, of which 256 are the buffer that asyncio gives each."""
 
 
 def story_with(carried: bytes) -> Genuine:
