@@ -7,17 +7,17 @@ import importlib
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from attestation import binding
 from attestation.client import session as session_module
-from attestation.client.plain import PlainAttestedContext
 from attestation.client.session import AttestedSession
 from attestation.policy import ChannelPolicy, Policy, Skip
 from tests.attestation.client.enclave import PROVE, prove, served, session_for, show
+from tests.attestation.client.plain_talking import Plain
 from tests.attestation.client.ratls_server import Connection, Server, answer
 from tests.attestation.client.talking import Send, both_roads, talk
 from tests.attestation.test_verifier_channel import other_platform
@@ -146,19 +146,6 @@ def recording(story: Genuine, bound: binding.Binding) -> Callable[[Server, Serve
             connection.requests.clear()
 
     return arm
-
-
-@dataclass
-class Plain:
-    """A session whose context is the key-bound one."""
-
-    session: AttestedSession
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.session, name)
-
-    def context(self) -> PlainAttestedContext:
-        return PlainAttestedContext(self.session)
 
 
 @both_roads
