@@ -19,9 +19,9 @@ from attestation.gpu import GpuFacts
 from attestation.policy import Policy, Skip
 from attestation.ratls import Leaf
 from attestation.result import AttestationResult, Check, Checks
-from attestation.steps import RATLS, appraise_devices, appraise_quote
+from attestation.steps import DCAP, RATLS, appraise_devices, appraise_quote
 from attestation.tdx import CrlNumbers, Quote
-from attestation.tdx.certificates import pck_extension, read_certificate
+from attestation.tdx.certificates import pck_extension, read_certificate, signature_holds
 
 __all__ = ["appraise_connection"]
 
@@ -49,20 +49,23 @@ def appraise_connection(
         cite=RATLS,
     )  # fmt: skip
     _binding(policy, proof, checks)
-    own = Checks()
-    skip = Skip("compared with the certificate's quote instead")
-    quote, _ = appraise_quote(proof.quote, endorsements.collateral, policy, skip, now, crl_floor, own)
-    checks.extend(_prefixed(own))
-    if quote is not None:
-        _same(certificate, quote, checks)
-        k = claims.key_hash
-        fresh = None if proof.gpu is None else binding.gpu_digest(proof.gpu)
-        own_leaf = binding.connection_leaf(k, proof.exporter, proof.nonce, leaf.extension.claims, fresh, proof.binding)
-        checks.equal(
-            "channel.report-data", binding.merkle_root(own_leaf, proof.path), quote.body.report_data,
-            code="CHANNEL_REPORT_DATA", reason="the quote commits to this connection: nonce, exporter and key",
-            cite=RATLS,
-        )  # fmt: skip
+    quote = checks.parse(
+        "channel.form", lambda: Quote.parse(proof.quote), reason="the connection's quote is well formed", cite=DCAP
+    )
+    if quote is None:
+        return
+    if quote.repeated == certificate.repeated and not _older_crl(first, crl_floor):
+        _signature(quote, checks)
+    else:
+        _from_the_start(certificate, quote, endorsements, policy, now, crl_floor, checks)
+    k = claims.key_hash
+    fresh = None if proof.gpu is None else binding.gpu_digest(proof.gpu)
+    own_leaf = binding.connection_leaf(k, proof.exporter, proof.nonce, leaf.extension.claims, fresh, proof.binding)
+    checks.equal(
+        "channel.report-data", binding.merkle_root(own_leaf, proof.path), quote.body.report_data,
+        code="CHANNEL_REPORT_DATA", reason="the quote commits to this connection: nonce, exporter and key",
+        cite=RATLS,
+    )  # fmt: skip
     _fresh_gpu(first, endorsements, policy, proof, claims.key_hash, now, checks)
 
 
@@ -76,6 +79,43 @@ def _binding(policy: Policy, proof: ChannelProof, checks: Checks) -> None:
         reason="the proof is bound to what the policy asks for", expected=wanted, actual=proof.binding,
         cite="RFC 8446 §7.5",
     )  # fmt: skip
+
+
+def _signature(quote: Quote, checks: Checks) -> None:
+    """The same TD, quoting enclave and platform as in the certificate's quote, byte for byte: all that was found about
+    it holds as long as `first` does, and the attestation key's signature over the new REPORTDATA is what is left."""
+    checks.require(
+        "channel.same-quote", True, code="CHANNEL_TD",
+        reason="but for REPORTDATA and its signature, the quote is the certificate's, byte for byte", cite=RATLS,
+    )  # fmt: skip
+    checks.require(
+        "channel.quote-signature", signature_holds(quote.attestation_key, quote.signature, quote.signed),
+        code="TDX_QUOTE_SIGNATURE", reason="the attestation key signed header and TD report", cite=DCAP,
+    )  # fmt: skip
+
+
+def _from_the_start(
+    certificate: Quote,
+    quote: Quote,
+    endorsements: Endorsements,
+    policy: Policy,
+    now: int,
+    crl_floor: CrlNumbers | None,
+    checks: Checks,
+) -> None:
+    """A quote that differs in more, such as one from a restarted quoting enclave: the whole checklist again."""
+    checks.skip("channel.same-quote", "it differs from the certificate's in more: judged from the start", cite=RATLS)
+    own = Checks()
+    skip = Skip("compared with the certificate's quote instead")
+    appraise_quote(quote.raw, endorsements.collateral, policy, skip, now, crl_floor, own)
+    checks.extend(_prefixed(own))
+    _same(certificate, quote, checks)
+
+
+def _older_crl(first: AttestationResult, floor: CrlNumbers | None) -> bool:
+    """Whether a newer CRL was seen since *first*: it may revoke what *first* rests on."""
+    seen = CrlNumbers(**first.claims["tdx"]["crl_numbers"])
+    return floor is not None and seen.merge(floor) != seen.merge(CrlNumbers())
 
 
 def _same(certificate: Quote, quote: Quote, checks: Checks) -> None:

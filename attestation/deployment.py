@@ -26,6 +26,7 @@ __all__ = [
     "STATUS_PAYLOAD_TYPE",
     "DeploymentStatement",
     "Platform",
+    "SerialFloor",
     "StatusList",
     "new_statement",
     "new_status_list",
@@ -153,6 +154,23 @@ class StatusList:
             )  # fmt: skip
         except FormatError as err:
             raise FormatError("FORMAT_STATUS", err.reason, expected=err.expected, actual=err.actual) from None
+
+
+@dataclass(frozen=True, slots=True)
+class SerialFloor:
+    """Highest serials accepted before, of one operator's statements and status lists; None for one not seen yet.
+    A client keeps them: an older document, well signed and still in its dates, may be one that was withdrawn."""
+
+    statement: int | None = None
+    status: int | None = None
+
+    def merge(self, other: SerialFloor) -> SerialFloor:
+        """The higher of both, for each kind."""
+
+        def top(a: int | None, b: int | None) -> int | None:
+            return b if a is None else a if b is None else max(a, b)
+
+        return SerialFloor(top(self.statement, other.statement), top(self.status, other.status))
 
 
 def salted(salt: bytes, identifier: bytes) -> bytes:

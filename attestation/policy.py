@@ -38,6 +38,9 @@ __all__ = [
 ]
 
 MAX_POLICY: Final = 256 * 1024
+MAX_URL: Final = 2000
+_LABEL: Final = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_URL: Final = re.compile(rf"https://{_LABEL}(\.{_LABEL})*(:(?P<port>[1-9][0-9]{{0,4}}))?/[A-Za-z0-9._~/?&=%+,;:@-]*", re.ASCII)
 GPU_STAGES: Final = (
     "parse",
     "nonce",
@@ -141,6 +144,7 @@ class DeploymentPolicy:
     """Whose deployment statement is believed: operator keys, how many must have signed, the lowest serial, the role.
 
     status_list   whether a current status list is required, or the reason why not
+    status_url    where the operator publishes it: a second road, past a host that holds a newer list back
     """
 
     operators: frozenset[bytes]
@@ -148,6 +152,7 @@ class DeploymentPolicy:
     min_serial: int
     role: Literal["both", "model", "gateway"]
     status_list: Literal["required"] | Skip
+    status_url: str | Skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,9 +396,22 @@ def _deployment(t: Table) -> DeploymentPolicy:
         min_serial=t.number("min-serial"),
         role=t.word("role", ("both", "model", "gateway")),
         status_list=t.rule("status-list", lambda k: t.word(k, ("required",))),
+        status_url=t.rule("status-url", lambda k: _url(t, k)),
     )
+    if isinstance(found.status_list, Skip) and not isinstance(found.status_url, Skip):
+        # It would be fetched for nothing: a wish that reads like a check.
+        t.bad("status-url", '{ any = "why" }, since status-list is left out', found.status_url)
     t.done()
     return found
+
+
+def _url(t: Table, key: str) -> str:
+    """Plain: host in lower-case letters (an A-label where needed), no user, no fragment, nothing to decode."""
+    value = t.text(key)
+    found = _URL.fullmatch(value)
+    if len(value) > MAX_URL or found is None or int(found["port"] or 443) > 65535:
+        t.bad(key, '"https://host[:port]/path"', f"{value!r}")
+    return value
 
 
 def _channel(t: Table) -> ChannelPolicy:

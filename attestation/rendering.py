@@ -13,12 +13,15 @@ from attestation.policy import Policy, Skip
 from attestation.steps import Found
 from attestation.tdx import TdxFacts
 
-__all__ = ["NO_CHANNEL", "NOT_PROVEN", "gpu_claims", "not_appraised", "render", "tdx_claims"]
+__all__ = ["NOT_POST_QUANTUM", "NOT_PROVEN", "NO_CHANNEL", "gpu_claims", "not_appraised", "render", "tdx_claims"]
 
 NOT_PROVEN: Final = (
     "physical attacks: whoever taps the memory bus can forge quotes (TEE.fail, WireTap, Battering RAM)",
     "place: on Hopper nothing in hardware ties the GPU to this TD; that rests on the measured driver (relayable)",
     "traffic shape: the host sees sizes and times of what it carries",
+)
+NOT_POST_QUANTUM: Final = (
+    "secrecy: the key exchange is not post-quantum; what is recorded now may be readable to a quantum computer later"
 )
 NO_CHANNEL: Final = "channel: no proof was asked that this very connection ends in the TD"
 

@@ -19,6 +19,7 @@ from attestation.deployment import (
     DEPLOYMENT_PAYLOAD_TYPE,
     STATUS_PAYLOAD_TYPE,
     DeploymentStatement,
+    SerialFloor,
     StatusList,
     salted,
 )
@@ -29,7 +30,9 @@ from attestation.policy import DeploymentPolicy, Policy, ReleasePolicy, Skip
 from attestation.reference_values import RELEASE_PAYLOAD_TYPE, ReleaseManifest
 from attestation.result import Checks
 
-__all__ = ["Identified", "appraise_deployment", "appraise_release", "appraise_status"]
+__all__ = [
+    "Identified", "UrlStatus", "appraise_deployment", "appraise_release", "appraise_status", "read_status",
+]  # fmt: skip
 
 _DSSE: Final = "DSSE v1; in-toto Statement v1"
 _WHO: Final = "vouchsafe RA-TLS profile, §3.8"
@@ -47,6 +50,18 @@ class Identified:
     piid: bytes | None
     ppid: bytes
     gpu_serials: tuple[bytes, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class UrlStatus:
+    """What the policy's status URL gave when the client last asked it.
+
+    serial   of a list that enough pinned keys signed (`read_status`); None when it gave none
+    why      then why: not reached, or not such a list
+    """
+
+    serial: int | None
+    why: str = ""
 
 
 def appraise_release(
@@ -92,6 +107,7 @@ def appraise_deployment(
     policy: DeploymentPolicy | Skip,
     *,
     who: Identified | None,
+    floor: SerialFloor | None,
     now: int,
     checks: Checks,
 ) -> DeploymentStatement | None:
@@ -120,6 +136,8 @@ def appraise_deployment(
     )  # fmt: skip
     if statement is not None:
         _covers(statement, claims, policy, who, now, checks)
+        last = None if floor is None else floor.statement
+        _not_older("deployment", "DEPLOYMENT_ROLLBACK", statement.serial, floor is not None, last, checks)
     return statement
 
 
@@ -183,6 +201,8 @@ def appraise_status(
     statement: DeploymentStatement | None,
     *,
     who: Identified | None,
+    floor: SerialFloor | None,
+    at_url: UrlStatus | None,
     now: int,
     checks: Checks,
 ) -> StatusList | None:
@@ -198,11 +218,7 @@ def appraise_status(
     envelope = _envelope(evidence.status, "status", STATUS_PAYLOAD_TYPE, checks)
     if envelope is None:
         return None
-    operators = len(envelope.signers(wanted.operators))
-    releasers = 0 if isinstance(policy.release, Skip) else len(envelope.signers(policy.release.signers))
-    good = operators >= wanted.threshold or (
-        not isinstance(policy.release, Skip) and releasers >= policy.release.threshold
-    )
+    operators, releasers, good = _status_signers(envelope, wanted, policy.release)
     if not checks.require(
         "status.signers", good, code="STATUS_SIGNER",
         reason="enough operator keys, or enough release signers, signed the status list",
@@ -221,6 +237,9 @@ def appraise_status(
         reason="the status list is current", expected=f"{status.issued_at} to {status.next_update}", actual=now,
         cite=_WHO,
     )  # fmt: skip
+    last = None if floor is None else floor.status
+    _not_older("status", "STATUS_ROLLBACK", status.serial, floor is not None, last, checks)
+    _beside_url(status, wanted.status_url, at_url, checks)
     denied = _denied(status, claims, statement, who)
     checks.require(
         "status.denied", not denied, code="STATUS_DENIED", reason="nothing of this enclave has been withdrawn",
@@ -232,6 +251,59 @@ def appraise_status(
         signers, threshold = policy.release.signers, policy.release.threshold
         _keys_left("status.release-keys", evidence.release, signers, threshold, status, checks)
     return status
+
+
+def read_status(raw: bytes, policy: Policy) -> StatusList | None:
+    """*raw* as a status list that enough keys of *policy* signed, whatever its dates say; None for anything else.
+    For a client that has lists from several places, and must know which is the newest before one is judged."""
+    wanted = policy.deployment
+    if isinstance(wanted, Skip) or isinstance(wanted.status_list, Skip):
+        return None
+    try:
+        envelope = Envelope.parse(raw)
+        if envelope.payload_type != STATUS_PAYLOAD_TYPE or not _status_signers(envelope, wanted, policy.release)[2]:
+            return None
+        return StatusList.parse(envelope.payload)
+    except FormatError:
+        return None
+
+
+def _status_signers(
+    envelope: Envelope, wanted: DeploymentPolicy, release: ReleasePolicy | Skip
+) -> tuple[int, int, bool]:
+    """How many operators and release signers signed, and whether either are enough."""
+    operators = len(envelope.signers(wanted.operators))
+    releasers = 0 if isinstance(release, Skip) else len(envelope.signers(release.signers))
+    enough = operators >= wanted.threshold or (not isinstance(release, Skip) and releasers >= release.threshold)
+    return operators, releasers, enough
+
+
+def _not_older(what: str, code: str, serial: int, given: bool, last: int | None, checks: Checks) -> None:
+    """An older document may be one that was withdrawn, though it is well signed and still in its dates."""
+    if not given:
+        checks.skip(f"{what}.serial-seen", "no serials seen earlier were given", cite=_WHO)
+        return
+    checks.require(
+        f"{what}.serial-seen", last is None or serial >= last, code=code,
+        reason="its serial is not lower than the last one seen",
+        expected="any: none seen yet" if last is None else f">= {last}", actual=serial, cite=_WHO,
+    )  # fmt: skip
+
+
+def _beside_url(status: StatusList, url: str | Skip, found: UrlStatus | None, checks: Checks) -> None:
+    """Whoever hands over the evidence can hold a newer list back: the one at the pinned URL is his rival."""
+    if isinstance(url, Skip):
+        checks.skip("status.url", url.why, cite=_WHO)
+    elif found is None:
+        checks.skip("status.url", "nobody asked the pinned URL: the evidence's list alone was judged", cite=_WHO)
+    elif found.serial is None:
+        checks.skip("status.url", f"no list from the pinned URL, the newest at hand was judged: {found.why}", cite=_WHO)
+    else:
+        checks.require(
+            "status.url", status.serial >= found.serial, code="STATUS_URL",
+            reason="the list is not older than the one at the pinned URL", expected=f">= {found.serial}",
+            actual=status.serial, cite=_WHO,
+        )  # fmt: skip
 
 
 def _denied(

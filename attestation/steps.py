@@ -12,7 +12,7 @@ from typing import Final
 
 from attestation import binding
 from attestation.claims import Claims
-from attestation.deployment import DeploymentStatement, StatusList
+from attestation.deployment import DeploymentStatement, SerialFloor, StatusList
 from attestation.endorsements import Endorsements
 from attestation.errors import FormatError
 from attestation.evidence import Evidence
@@ -25,7 +25,7 @@ from attestation.policy import Policy, Skip
 from attestation.ratls import Leaf
 from attestation.reference_values import ReleaseManifest
 from attestation.result import Checks
-from attestation.statements import Identified, appraise_deployment, appraise_release, appraise_status
+from attestation.statements import Identified, UrlStatus, appraise_deployment, appraise_release, appraise_status
 from attestation.tdx import (
     Collateral,
     CrlNumbers,
@@ -38,11 +38,11 @@ from attestation.tdx import (
 )
 from attestation.tdx import appraise as appraise_tdx
 
-__all__ = ["RATLS", "Found", "appraise_devices", "appraise_quote", "walk"]
+__all__ = ["DCAP", "RATLS", "Found", "Seen", "appraise_devices", "appraise_quote", "walk"]
 
 RATLS: Final = "vouchsafe RA-TLS profile, §3"
 _CCEL: Final = "TCG PC Client Platform Firmware Profile §10"
-_DCAP: Final = "Intel TDX DCAP quote format; Intel PCS API v4"
+DCAP: Final = "Intel TDX DCAP quote format; Intel PCS API v4"
 _MAX_NONCE_AGE: Final = 600
 _KEYSET_DRAIN: Final = 3600
 
@@ -64,13 +64,23 @@ class Found:
     ends: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the caller brings beside the evidence, of its own: highest CRL numbers and serials it has seen, and what the
+    policy's status URL gave. None: it does not remember, or did not ask; the check is then skipped."""
+
+    crl: CrlNumbers | None
+    serials: SerialFloor | None
+    at_url: UrlStatus | None
+
+
 def walk(
     evidence: Evidence,
     endorsements: Endorsements,
     policy: Policy,
     now: int,
     name: str | None,
-    crl_floor: CrlNumbers | None,
+    seen: Seen,
     checks: Checks,
 ) -> Found | None:
     """Steps (1) to (6). None when leaf or claims cannot be read; then a failed check says so."""
@@ -86,7 +96,7 @@ def walk(
     )
     if claims is None:
         unread = Skip("the claims cannot be read")
-        quote, _ = appraise_quote(carried.quote, endorsements.collateral, policy, unread, now, crl_floor, checks)  # (4)
+        quote, _ = appraise_quote(carried.quote, endorsements.collateral, policy, unread, now, seen.crl, checks)  # (4)
         _report_data(quote, carried.claims, checks)
         return None
     _leaf(leaf, claims, now, name, checks)  # (1), (3)
@@ -100,7 +110,7 @@ def walk(
     else:
         registers = Skip("no release manifest was accepted")
     # (4)
-    quote, tdx = appraise_quote(carried.quote, endorsements.collateral, policy, registers, now, crl_floor, checks)
+    quote, tdx = appraise_quote(carried.quote, endorsements.collateral, policy, registers, now, seen.crl, checks)
     _report_data(quote, carried.claims, checks)
     if quote is not None:
         _release_values(quote, manifest, checks)
@@ -111,8 +121,13 @@ def walk(
     if gpu is not None:
         serials = tuple(bytes.fromhex(d.ik_serial) for d in gpu.devices if d.kind == "gpu")
     who = Identified(tdx.piid, tdx.ppid, serials) if tdx else None
-    statement = appraise_deployment(evidence, claims, policy.deployment, who=who, now=now, checks=checks)
-    status = appraise_status(evidence, claims, policy, manifest, statement, who=who, now=now, checks=checks)
+    statement = appraise_deployment(
+        evidence, claims, policy.deployment, who=who, floor=seen.serials, now=now, checks=checks
+    )
+    status = appraise_status(
+        evidence, claims, policy, manifest, statement, who=who, floor=seen.serials, at_url=seen.at_url, now=now,
+        checks=checks,
+    )  # fmt: skip
     _keyset(evidence.keyset, leaf, claims, now, checks)
     ends = [leaf.not_after]
     ends += [tdx.earliest_expiration] if tdx else []
@@ -160,13 +175,13 @@ def appraise_quote(
     checks: Checks,
 ) -> tuple[Quote | None, TdxFacts | None]:
     """(4) Form, collateral, and the TDX checklist. Facts are there only when the signature layer accepted."""
-    quote = checks.parse("tdx.form", lambda: Quote.parse(raw), reason="the quote is well formed", cite=_DCAP)
+    quote = checks.parse("tdx.form", lambda: Quote.parse(raw), reason="the quote is well formed", cite=DCAP)
     if not collateral:
         missing = FormatError("TDX_COLLATERAL", "no collateral for this quote", hint="fetch it, or ask for the bundle")
-        checks.fail("tdx.collateral", missing, cite=_DCAP)
+        checks.fail("tdx.collateral", missing, cite=DCAP)
         return quote, None
     pieces = checks.parse(
-        "tdx.collateral", lambda: Collateral.parse(collateral), reason="the collateral is well formed", cite=_DCAP
+        "tdx.collateral", lambda: Collateral.parse(collateral), reason="the collateral is well formed", cite=DCAP
     )
     if quote is None or pieces is None:
         return quote, None

@@ -25,15 +25,25 @@ from typing import Final, TypeVar
 
 from attestation.channel import ChannelProof
 from attestation.connection import appraise_connection
+from attestation.deployment import SerialFloor
 from attestation.endorsements import Endorsements
 from attestation.evidence import Evidence
 from attestation.gpu import GpuEndorsements, GpuEvidence
 from attestation.gpu import appraise as appraise_gpu
 from attestation.policy import BUILT_IN_ROOTS as OURS
 from attestation.policy import Policy, Skip
-from attestation.rendering import NO_CHANNEL, NOT_PROVEN, gpu_claims, not_appraised, render, tdx_claims
+from attestation.rendering import (
+    NO_CHANNEL,
+    NOT_POST_QUANTUM,
+    NOT_PROVEN,
+    gpu_claims,
+    not_appraised,
+    render,
+    tdx_claims,
+)
 from attestation.result import AttestationResult, Checks, Status, TrustAnchor, conclude
-from attestation.steps import RATLS, appraise_quote, walk
+from attestation.statements import UrlStatus
+from attestation.steps import RATLS, Seen, appraise_quote, walk
 from attestation.tdx import CrlNumbers, appraise_event_log, parse_event_log
 
 __all__ = ["verify", "verify_channel", "verify_gpu", "verify_quote"]
@@ -68,9 +78,15 @@ _STATUS: Final = (
 _GPU: Final = ("gpu.digest", "gpu.nonce-age", "gpu.form", "gpu.parse", "gpu.state", "gpu.confidential")
 # A connection has a name that was dialled: the verdict of a saved bundle, which has none, is no first verdict.
 _CHANNEL: Final = (
-    "leaf.name", "channel.same-leaf", "channel.same-policy", "channel.time", *(f"channel.{id}" for id in _SIGNED),
-    "channel.same-td", "channel.same-platform", "channel.report-data",
-)  # fmt: skip
+    "leaf.name",
+    "channel.same-leaf",
+    "channel.same-policy",
+    "channel.time",
+    "channel.form",
+    "channel.report-data",
+)
+_REPEATED: Final = ("channel.same-quote", "channel.quote-signature")
+_OTHER_QUOTE: Final = (*(f"channel.{id}" for id in _SIGNED), "channel.same-td", "channel.same-platform")
 
 
 def verify(
@@ -81,12 +97,16 @@ def verify(
     now: int,
     name: str | None,
     crl_floor: CrlNumbers | None = None,
+    serial_floor: SerialFloor | None = None,
+    at_url: UrlStatus | None = None,
     looked_back: tuple[int, int] | None = None,
 ) -> AttestationResult:
     """Steps (1) to (6) at *now* (unix seconds, the caller's own clock).
 
     name       the name dialled, lower case; None only for a saved bundle
     crl_floor  highest CRL numbers this client has seen; those of this result are in its claims
+    serial_floor  likewise the highest serials of this operator's statements and status lists
+    at_url     what the policy's status URL gave; the list that is judged is the evidence's, whoever put it there
     looked_back  (when the question is asked, grace in seconds) for a saved bundle that is judged at its own time *now*
     """
     checks = Checks()
@@ -97,8 +117,9 @@ def verify(
             reason="the bundle, judged at its own time, is not older than the grace allows",
             expected=f"{now} to {now + grace}", actual=asked, cite=RATLS,
         )  # fmt: skip
-    found = _guarded(checks, lambda: walk(evidence, endorsements, policy, now, name, crl_floor, checks))
-    _complete(checks, _wanted(policy, name))
+    seen = Seen(crl_floor, serial_floor, at_url)
+    found = _guarded(checks, lambda: walk(evidence, endorsements, policy, now, name, seen, checks))
+    _complete(checks, _wanted(policy, name, seen))
     return conclude(
         checks, claims=render(found) if found else {}, not_proven=not_appraised(policy, name),
         anchors=_anchors(policy, gpu=not isinstance(policy.gpu, Skip)), policy=policy.label, now=now,
@@ -114,10 +135,15 @@ def verify_channel(
     proof: ChannelProof,
     *,
     now: int,
+    group: str,
     crl_floor: CrlNumbers | None = None,
 ) -> AttestationResult:
     """Step (7). *first* is the accepted result of `verify` for this very leaf and policy; its checks come first in the
-    new result. When it was refused, or belongs to another leaf or policy, nothing else is looked at."""
+    new result. When it was refused, or belongs to another leaf or policy, nothing else is looked at.
+
+    endorsements  those of *first*: a quote that repeats the certificate's rests on it, any other is judged with them
+    group         the key exchange group that this client's own TLS negotiated, "" when it cannot tell
+    """
     checks = Checks()
     checks.extend(first.checks)
     anchors = _anchors(policy, gpu=not isinstance(policy.gpu, Skip))
@@ -137,13 +163,19 @@ def verify_channel(
             ),
         )
     wanted = {*_CHANNEL} | (set() if isinstance(policy.channel.proof, Skip) else {"channel.binding"})
+    # One of the two ways to judge the connection's quote, whole.
+    repeated = any(c.id == "channel.same-quote" and c.status is Status.PASS for c in checks)
+    wanted |= {*_REPEATED} if repeated else {*_OTHER_QUOTE}
     _complete(checks, wanted | ({"channel.gpu", "channel.gpu.form"} if policy.channel.fresh_gpu else set()))
-    claims = {**first.claims, "channel": {"binding": proof.binding, "merkle_path": len(proof.path)}}
+    said = {"binding": proof.binding, "group": group, "merkle_path": len(proof.path)}
+    claims = {**first.claims, "channel": said}
     not_proven = [text for text in first.not_proven if text != NO_CHANNEL]
     if proof.binding == "key":
         not_proven.append(
             "channel: bound to the key, not to the TLS exporter; a relay that holds the key could pass it on"
         )
+    if "MLKEM" not in group:
+        not_proven.append(NOT_POST_QUANTUM)
     return conclude(
         checks, claims=claims, not_proven=not_proven, anchors=anchors, policy=first.policy, now=now,
         valid_until=first.valid_until, development=first.development,
@@ -205,13 +237,15 @@ def verify_gpu(
     )  # fmt: skip
 
 
-def _wanted(policy: Policy, name: str | None) -> set[str]:
+def _wanted(policy: Policy, name: str | None, seen: Seen) -> set[str]:
     """Ids that must stand in the book as passed before `verify` accepts under *policy*."""
     wanted = {*_ALWAYS} | ({"leaf.name"} if name is not None else set())
     if not isinstance(policy.release, Skip):
         wanted |= {*_RELEASE}
     if not isinstance(policy.deployment, Skip):
-        wanted |= {*_DEPLOYMENT} | (set() if isinstance(policy.deployment.status_list, Skip) else {*_STATUS})
+        wanted |= {*_DEPLOYMENT} | (set() if seen.serials is None else {"deployment.serial-seen"})
+        if not isinstance(policy.deployment.status_list, Skip):
+            wanted |= {*_STATUS} | (set() if seen.serials is None else {"status.serial-seen"})
     if not isinstance(policy.gpu, Skip):
         wanted |= {*_GPU}
     return wanted

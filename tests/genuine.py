@@ -461,7 +461,7 @@ class Genuine:
             changes.pop("policy", self.policy),
             proof,
             now=changes.pop("now", self.now),
-            **changes,
+            **{"group": "X25519MLKEM768", **changes},
         )
 
 

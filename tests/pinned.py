@@ -116,6 +116,7 @@ def policy_text(tee: DevTee, changes: Mapping[str, Any] | None = None, *, gpus: 
             "min-serial": 5,
             "role": "both",
             "status-list": "required",
+            "status-url": any_reason("the evidence's list is all there is"),
         },
         "channel": {"proof": "exporter", "fresh-gpu": False},
     }

@@ -21,11 +21,13 @@ from typing import Final
 from attestation.bundle import Bundle
 from attestation.channel import ChannelProof
 from attestation.client.fetch import dial, fetch_evidence
-from attestation.client.floor import CrlFloor
+from attestation.client.floor import CrlFloor, SerialFloors
 from attestation.client.handshake import Appraisal, Handshake, NotAttested
+from attestation.client.status import Fetch, StatusLists, fetch_status
 from attestation.client.target import Target
 from attestation.client.tls import AttestedContext
 from attestation.client.wire import FetchEvidence, ProveChannel
+from attestation.deployment import SerialFloor
 from attestation.errors import FormatError, InputError, PolicyError, RefusedError
 from attestation.policy import ChannelPolicy, Policy, Skip
 from attestation.ratls import Leaf
@@ -38,7 +40,7 @@ __all__ = ["AttestedSession"]
 MAX_KEPT: Final = 16
 """Certificates remembered: one service behind a balancer may show several at a time, two each at a rotation."""
 
-_FETCHABLE: Final = frozenset({"EVIDENCE_DIGEST", "KEYSET_KEY", "KEYSET_DATES", "STATUS_EXPIRED"})
+_FETCHABLE: Final = frozenset({"EVIDENCE_DIGEST", "KEYSET_KEY", "KEYSET_DATES", "STATUS_EXPIRED", "STATUS_ROLLBACK"})
 """Refusals that other documents may heal. Everything else is about the certificate and its quote: refused at once."""
 
 
@@ -55,6 +57,7 @@ class AttestedSession:
     clock      unix seconds; this machine's own time decides every validity
     cache_dir  where the bundle is kept between runs; its content is as untrusted as the network's
     explore    look only: allowed under a policy that pins nobody; the context is then for `verify_once` alone
+    fetch_list how the status list at the policy's status URL is fetched
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class AttestedSession:
         clock: Callable[[], float] = time.time,
         seconds: float = 30.0,
         explore: bool = False,
+        fetch_list: Fetch = fetch_status,
     ) -> None:
         self.target = target if isinstance(target, Target) else Target.parse(target, connect)
         self.policy = _connectable(policy, explore)
@@ -77,6 +81,8 @@ class AttestedSession:
         self._bundles: dict[bytes, Bundle] = {}  # by leaf digest, oldest first
         self._known: dict[bytes, _Known] = {}  # likewise
         self._crl_floor = CrlFloor(cache_dir, policy.roots.intel)  # a CRL seen once is not followed by an older one
+        self._serial_floors = SerialFloors(cache_dir, policy, self.target.name)  # nor is a statement or a status list
+        self._lists = StatusLists(policy, cache_dir, self.target.name, fetch_list)
         self._context: AttestedContext | None = None
         self.last_result: AttestationResult | None = None
 
@@ -100,16 +106,21 @@ class AttestedSession:
     def prepare(self) -> None:
         """Make sure that there is evidence to judge a handshake with; blocks while it is fetched, from disk or network.
 
-        Call it (in a thread) before the first connection of an event loop. Raises `TransportError`, `FormatError`."""
+        Asks the policy's status URL too, when its last list has ended. Call it (in a thread) before the first connection
+        of an event loop. Raises `TransportError`, `FormatError`."""
         with self._fetching:
+            self._gather()
+            self._lists.refresh(int(self._clock()))
+
+    def _gather(self) -> None:
+        if self._newest_valid():
+            return
+        if self._cache is not None and not self._bundles:
+            with contextlib.suppress(OSError, FormatError):
+                self.offer(Bundle.decode(self._cache.read_bytes()))
             if self._newest_valid():
                 return
-            if self._cache is not None and not self._bundles:
-                with contextlib.suppress(OSError, FormatError):
-                    self.offer(Bundle.decode(self._cache.read_bytes()))
-                if self._newest_valid():
-                    return
-            self.offer(Bundle.decode(fetch_evidence(self.target, seconds=self._seconds)))
+        self.offer(Bundle.decode(fetch_evidence(self.target, seconds=self._seconds)))
 
     def offer(self, bundle: Bundle) -> None:
         """Evidence that the caller has from anywhere; it is judged when a connection shows its certificate."""
@@ -156,7 +167,7 @@ class AttestedSession:
         now = int(self._clock())
         with self._lock:
             known = self._known.get(digest)
-        if known is None or now >= known.result.valid_until:
+        if known is None or now >= known.result.valid_until or self._overtaken(known.result):
             bundle, first = self._judge(handshake.leaf, now)
             if not first.accepted:
                 if not set(first.codes) <= _FETCHABLE:
@@ -189,6 +200,7 @@ class AttestedSession:
                 self.policy,
                 proof,
                 now=int(self._clock()),
+                group=handshake.group,
                 crl_floor=self._crl_floor.numbers,
             )
             if not result.accepted:
@@ -208,14 +220,24 @@ class AttestedSession:
             bundle = Bundle(replace(bundle.evidence, leaf=leaf), bundle.endorsements)
         return bundle, self._verify(bundle, now)
 
+    def _overtaken(self, result: AttestationResult) -> bool:
+        """Whether a newer statement or status list was seen since: it may take back what *result* rests on."""
+        floor = self._serial_floors.floor or SerialFloor()
+        statement, status = result.claims["statement_serial"], result.claims["status_serial"]
+        return (statement is not None and statement < (floor.statement or 0)) or (
+            status is not None and status < max(floor.status or 0, self._lists.serial)
+        )
+
     def _verify(self, bundle: Bundle, now: int) -> AttestationResult:
         return verify(
-            bundle.evidence,
+            self._lists.newest(bundle.evidence),
             bundle.endorsements,
             self.policy,
             now=now,
             name=self.name,
             crl_floor=self._crl_floor.numbers,
+            serial_floor=self._serial_floors.floor,
+            at_url=self._lists.answer,
         )
 
     def _refuse(self, result: AttestationResult) -> None:
@@ -238,6 +260,7 @@ class AttestedSession:
         self.offer(bundle)
         with self._lock:
             self._crl_floor.raise_to(CrlNumbers(**result.claims["tdx"]["crl_numbers"]))
+            self._serial_floors.raise_to(SerialFloor(result.claims["statement_serial"], result.claims["status_serial"]))
             self._known.pop(digest, None)
             self._known[digest] = known
             _trim(self._known)

@@ -32,6 +32,8 @@ MAX_QUOTE: Final = 16 * 1024
 HEADER: Final = 48
 BODY_SIZES: Final = {2: 584, 3: 648, 4: 885}
 """TD report 1.0, 1.5, 1.5 extended: size by body type."""
+REPORT_DATA_AT: Final = 520
+"""Offset of REPORTDATA (64 bytes) in every TD report."""
 KEY_ECDSA_P256: Final = 2
 TEE_TDX: Final = 0x81
 INTEL_QE_VENDOR: Final = bytes.fromhex("939a7233f79c4ca9940a0db3957f0607")
@@ -133,6 +135,15 @@ class Quote:
             digest.update(part)
         return digest.digest()
 
+    @property
+    def repeated(self) -> bytes:
+        """All bytes but REPORTDATA and `signature`: what another quote of the same TD, quoting enclave and attestation
+        key repeats. Where two quotes agree in it, whatever was found about one holds for the other, once its own
+        signature is verified; only REPORTDATA is left to compare."""
+        at = HEADER + (6 if self.version == 5 else 0) + REPORT_DATA_AT
+        data_at = len(self.signed) + 4
+        return self.raw[:at] + self.raw[at + 64 : data_at] + self.raw[data_at + 64 :]
+
     @classmethod
     def parse(cls, raw: bytes) -> Quote:
         """Read *raw*, all of it. Raises `FormatError` (`FORMAT_TDX_…`), naming field, expected and actual value."""
@@ -229,7 +240,7 @@ def _td_report(b: bytes) -> TdReport:
     base = (
         *struct.unpack_from("<16s48s48s8sQQ48s48s48s48s", b),
         (b[328:376], b[376:424], b[424:472], b[472:520]),
-        b[520:584],
+        b[REPORT_DATA_AT:584],
     )
     more = struct.unpack_from("<16s48s", b, 584) if len(b) >= 648 else ()
     rest = struct.unpack_from("<B32s48s48s8s16s16s12s48s8s", b, 648) if len(b) >= 885 else ()

@@ -13,7 +13,7 @@ from attestation.channel import ChannelProof
 from attestation.evidence import Evidence
 from attestation.policy import Roots, platform_policy, with_roots
 from attestation.result import AttestationResult, Status
-from attestation.tdx import CrlNumbers
+from attestation.tdx import CrlNumbers, Quote
 from attestation.verifier import verify_channel, verify_quote
 from tests.devtee.pki import Pki
 from tests.devtee.tdx import CollateralSpec, QuoteForm
@@ -39,7 +39,8 @@ def test_a_genuine_proof_is_accepted(how: dict[str, Any]) -> None:
     honest = genuine()
     result = honest.verify_channel(honest.channel(**how))
     assert (result.verdict, result.codes) == ("accepted", ())
-    assert result.claims["channel"] == {"binding": "exporter", "merkle_path": len(honest.channel(**how).path)}
+    path = len(honest.channel(**how).path)
+    assert result.claims["channel"] == {"binding": "exporter", "group": "X25519MLKEM768", "merkle_path": path}
     assert not any(text.startswith("channel:") for text in result.not_proven)
     assert result.claims["leaf"] == hashlib.sha256(honest.evidence.leaf).hexdigest()
 
@@ -221,15 +222,74 @@ def test_a_proof_after_the_end_of_the_first_verdict_is_refused(now: int, codes: 
     assert honest.verify_channel(honest.channel(), now=now).codes == codes
 
 
-def test_collateral_shown_for_the_connection_is_judged_again() -> None:
+@pytest.mark.parametrize("group", ["X25519", "secp256r1", ""])
+def test_a_key_exchange_that_a_quantum_computer_breaks_is_not_kept_quiet(group: str) -> None:
     honest = genuine()
+    result = honest.verify_channel(honest.channel(), group=group)
+    assert result.accepted
+    assert result.claims["channel"]["group"] == group
+    assert sum(text.startswith("secrecy:") for text in result.not_proven) == 1
+
+
+def another_quoting_enclave(honest: Genuine, proof: ChannelProof, **form: Any) -> ChannelProof:
+    """The same TD and REPORTDATA, quoted by an enclave that was set up anew."""
+    report_data = Quote.parse(proof.quote).body.report_data
+    return edited(proof, quote=honest.tee.quote(report_data, form=QuoteForm(auth_data=b"another" + bytes(25), **form)))
+
+
+def test_a_quote_that_repeats_the_certificates_costs_one_signature() -> None:
+    honest = genuine()
+    result = honest.verify_channel(honest.channel())
+    passed = {c.id for c in result.checks if c.status is Status.PASS}
+    assert {"channel.same-quote", "channel.quote-signature"} <= passed
+    assert not any(c.id.startswith("channel.tdx.") for c in result.checks)
+
+
+def test_the_signature_of_a_quote_that_repeats_the_certificates_is_verified() -> None:
+    honest = genuine()
+    proof = honest.channel()
+    quote = Quote.parse(proof.quote)
+    at = proof.quote.index(quote.signature)
+    for place in (at, at + 63):
+        forged = bytearray(proof.quote)
+        forged[place] ^= 1
+        assert honest.verify_channel(edited(proof, quote=bytes(forged))).codes == ("TDX_QUOTE_SIGNATURE",)
+    # REPORTDATA is all that may differ, and it is signed.
+    moved = proof.quote.replace(quote.body.report_data, bytes(64))
+    assert honest.verify_channel(edited(proof, quote=moved)).codes == ("TDX_QUOTE_SIGNATURE", "CHANNEL_REPORT_DATA")
+
+
+@pytest.mark.parametrize("at", [16, 28, 48, 184, 519, 704, 1100, 1200, 1300, -1])
+def test_any_other_byte_sends_a_quote_through_the_whole_checklist(at: int) -> None:
+    """Header, TD report before REPORTDATA, QE report, its signature, its authentication data, the PCK chain."""
+    honest = genuine()
+    proof = honest.channel()
+    changed = bytearray(proof.quote)
+    changed[at] ^= 1
+    result = honest.verify_channel(edited(proof, quote=bytes(changed)))
+    assert result.verdict == "refused"
+    assert not any(c.id == "channel.same-quote" and c.status is Status.PASS for c in result.checks)
+
+
+def test_a_quote_of_another_quoting_enclave_is_judged_from_the_start() -> None:
+    honest = genuine()
+    proof = another_quoting_enclave(honest, honest.channel())
+    result = honest.verify_channel(proof)
+    assert result.accepted
+    assert {"channel.tdx.qe-signature", "channel.same-td"} <= {c.id for c in result.checks if c.status is Status.PASS}
     revoked = honest.tee.collateral(NOW, CollateralSpec(revoked=frozenset({"intel-pck"})))
     worse = dataclasses.replace(honest.endorsements, collateral=revoked)
-    assert honest.verify_channel(honest.channel(), endorsements=worse).codes == ("TDX_REVOKED",)
+    assert honest.verify_channel(proof, endorsements=worse).codes == ("TDX_REVOKED",)
     none = dataclasses.replace(honest.endorsements, collateral=b"")
-    assert honest.verify_channel(honest.channel(), endorsements=none).codes == ("TDX_COLLATERAL",)
-    floor = CrlNumbers(root=2)
-    assert honest.verify_channel(honest.channel(), crl_floor=floor).codes == ("TDX_CRL_ROLLBACK",)
+    assert honest.verify_channel(proof, endorsements=none).codes == ("TDX_COLLATERAL",)
+    stranger = another_quoting_enclave(honest, honest.channel(), qe_mrsigner=bytes(32))
+    assert "TDX_QE_IDENTITY" in honest.verify_channel(stranger).codes
+
+
+def test_a_newer_crl_seen_since_sends_the_quote_through_the_whole_checklist() -> None:
+    honest = genuine()
+    assert honest.verify_channel(honest.channel(), crl_floor=CrlNumbers(root=1)).accepted
+    assert honest.verify_channel(honest.channel(), crl_floor=CrlNumbers(root=2)).codes == ("TDX_CRL_ROLLBACK",)
 
 
 def test_a_policy_for_the_key_binding_takes_either_and_says_which() -> None:
@@ -290,8 +350,6 @@ def test_evidence_not_asked_for_is_covered_and_not_judged() -> None:
 def test_version_5_quotes_of_the_same_td_are_taken() -> None:
     honest = genuine()
     proof = honest.channel()
-    from attestation.tdx import Quote
-
     again = honest.tee.quote(Quote.parse(proof.quote).body.report_data, form=QuoteForm(version=5, body="1.5"))
     assert honest.verify_channel(edited(proof, quote=again)).accepted
 
@@ -314,6 +372,6 @@ def test_the_exporter_reaches_the_formula_as_the_client_has_it() -> None:
     honest = genuine()
     assert honest.channel().exporter == EXPORTER
     result: AttestationResult = verify_channel(
-        honest.verify(), honest.evidence, honest.endorsements, honest.policy, honest.channel(), now=honest.now
+        honest.verify(), honest.evidence, honest.endorsements, honest.policy, honest.channel(), now=honest.now, group=""
     )
     assert result.accepted

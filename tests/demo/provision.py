@@ -191,6 +191,7 @@ threshold = 1
 min-serial = 1
 role = "both"
 status-list = "required"
+status-url = {{ any = "this operator publishes the list through the enclave alone" }}
 
 [channel]
 proof = "exporter"

@@ -175,7 +175,8 @@ def quote(pki: Pki, report_data: bytes, td: Td, form: QuoteForm) -> bytes:
     inner = b"".join(
         (
             qe_report,
-            _sign(pki[form.signer].key, qe_report),
+            # A quoting enclave has its key certified once and repeats that in every quote: the same bytes here too.
+            _sign(pki[form.signer].key, qe_report, deterministic=True),
             len(form.auth_data).to_bytes(2, "little"),
             form.auth_data,
             (5).to_bytes(2, "little"),
@@ -213,9 +214,9 @@ def _qe_report(ak_raw: bytes, form: QuoteForm, pki: Pki) -> bytes:
     return report
 
 
-def _sign(key: ec.EllipticCurvePrivateKey, message: bytes) -> bytes:
+def _sign(key: ec.EllipticCurvePrivateKey, message: bytes, *, deterministic: bool = False) -> bytes:
     """ECDSA P-256 with SHA-256, raw r ‖ s."""
-    r, s = decode_dss_signature(key.sign(message, ec.ECDSA(hashes.SHA256())))
+    r, s = decode_dss_signature(key.sign(message, ec.ECDSA(hashes.SHA256(), deterministic_signing=deterministic)))
     return r.to_bytes(32) + s.to_bytes(32)
 
 

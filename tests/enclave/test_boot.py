@@ -91,12 +91,12 @@ def _client_accepts(path: Path, made: Provisioned) -> None:
             assert status == 200, answer
             proof = ChannelProof.from_answer(answer, nonce=nonce, exporter=client.exporter(nonce))
             assert (proof.gpu is not None) is fresh_gpu
-            result = verify_channel(first, bundle.evidence, bundle.endorsements, policy, proof, now=now)
+            result = verify_channel(first, bundle.evidence, bundle.endorsements, policy, proof, now=now, group="")
             assert result.accepted, result.failed
         # The same proof on another connection binds nothing.
         with Client(path) as other:
             stolen = ChannelProof.from_answer(answer, nonce=nonce, exporter=other.exporter(nonce))
-            refused = verify_channel(first, bundle.evidence, bundle.endorsements, policy, stolen, now=now)
+            refused = verify_channel(first, bundle.evidence, bundle.endorsements, policy, stolen, now=now, group="")
             assert refused.codes == ("CHANNEL_REPORT_DATA",)
         assert len(client.exporter(nonce)) == EXPORTER_SIZE
         assert client.get("/health/ready") == (200, b'{"status":"ready"}')
