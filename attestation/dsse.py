@@ -50,6 +50,8 @@ class Envelope:
     payload_type: str
     payload: bytes
     signatures: tuple[bytes, ...]
+    hints: tuple[str, ...]
+    """keyid of each signature, "" without one: says which key to try first, and decides nothing."""
 
     @property
     def digest(self) -> bytes:
@@ -66,21 +68,29 @@ class Envelope:
             payload_type, payload = top["payloadType"], top["payload"]
             if not isinstance(payload_type, str):
                 raise FormatError("FORMAT_DSSE", "payloadType is text")
-            signatures = []
+            signatures, hints = [], []
             for entry in listed(top["signatures"], "signatures", limit=MAX_SIGNATURES):
                 exact(entry, frozenset({"sig"}), frozenset({"keyid", "sig"}), "signatures")
                 signature = _base64(entry["sig"])
                 if not isinstance(entry.get("keyid", ""), str) or len(signature) != SIGNATURE_SIZE:
                     raise FormatError("FORMAT_DSSE", "a signature is {keyid?: text, sig: base64 of 64 bytes}")
                 signatures.append(signature)
-            return cls(payload_type, _base64(payload), tuple(signatures))
+                hints.append(entry.get("keyid", ""))
+            return cls(payload_type, _base64(payload), tuple(signatures), tuple(hints))
         except FormatError as err:
             raise FormatError("FORMAT_DSSE", err.reason, expected=err.expected, actual=err.actual) from None
 
     def signers(self, keys: Iterable[bytes]) -> frozenset[bytes]:
         """Which of *keys* (Ed25519, 32 bytes each) signed this very payload under this very type. Each counts once."""
         message = _pae(self.payload_type, self.payload)
-        return frozenset(k for k in keys if any(_verifies(k, s, message) for s in self.signatures))
+        left = list(zip(self.hints, self.signatures, strict=True))
+        asked, found = {key_id(k): k for k in keys}, set()
+        for hint, signature in [*left]:
+            if hint in asked and _verifies(asked[hint], signature, message):
+                found.add(asked[hint])
+                left.remove((hint, signature))
+        found |= {k for k in {*asked.values()} - found if any(_verifies(k, s, message) for _, s in left)}
+        return frozenset(found)
 
 
 def sign(payload_type: str, payload: bytes, keys: Sequence[Ed25519PrivateKey]) -> bytes:

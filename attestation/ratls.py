@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final, NoReturn
 
 import cbor2
@@ -95,8 +96,11 @@ class Leaf:
     extension: Extension
 
     @classmethod
+    @lru_cache(maxsize=32)
     def parse(cls, der: bytes) -> Leaf:
-        """Raises `FORMAT_LEAF` (or the code of the extension) for anything outside the profile."""
+        """Raises `FORMAT_LEAF` (or the code of the extension) for anything outside the profile.
+
+        Remembered: a client reads the same certificate for every connection that shows it."""
         if len(der) > MAX_LEAF:
             _bad_leaf("too long", f"at most {MAX_LEAF} bytes", len(der))
         try:

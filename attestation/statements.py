@@ -271,11 +271,12 @@ def read_status(raw: bytes, policy: Policy) -> StatusList | None:
 def _status_signers(
     envelope: Envelope, wanted: DeploymentPolicy, release: ReleasePolicy | Skip
 ) -> tuple[int, int, bool]:
-    """How many operators and release signers signed, and whether either are enough."""
+    """How many operators and release signers signed, and whether either are enough; operators are asked first."""
     operators = len(envelope.signers(wanted.operators))
-    releasers = 0 if isinstance(release, Skip) else len(envelope.signers(release.signers))
-    enough = operators >= wanted.threshold or (not isinstance(release, Skip) and releasers >= release.threshold)
-    return operators, releasers, enough
+    if operators >= wanted.threshold or isinstance(release, Skip):
+        return operators, 0, operators >= wanted.threshold
+    releasers = len(envelope.signers(release.signers))
+    return operators, releasers, releasers >= release.threshold
 
 
 def _not_older(what: str, code: str, serial: int, given: bool, last: int | None, checks: Checks) -> None:

@@ -33,6 +33,9 @@ def jcs(document: Mapping[str, Any]) -> bytes:  # Any: JSON values
     return rfc8785.dumps(dict(document))
 
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
+
+
 def bad(what: str, *, expected: object = "", actual: object = "") -> NoReturn:
     """Raise the FormatError for *what*, a member or document of a receipt or keyset."""
     raise FormatError("FORMAT_RECEIPT", f"malformed {what}", expected=expected, actual=actual)
@@ -77,7 +80,7 @@ def _values(value: object, *, depth: int) -> None:
         for inner in value:
             _values(inner, depth=depth + 1)
     elif isinstance(value, str):
-        if any("\ud800" <= c <= "\udfff" for c in value):
+        if not value.isascii() and _SURROGATE.search(value):
             raise ValueError("a string is not Unicode text")
     elif isinstance(value, bool) or value is None:
         return
