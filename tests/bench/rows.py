@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-__all__ = ["Row", "at_least", "at_most", "fact", "interleaved", "ratio_at_most", "table"]
+__all__ = ["Row", "adds_at_most", "at_least", "at_most", "fact", "interleaved", "ratio_at_most", "table"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,11 @@ def fact(name: str, ours: float) -> Row:
 
 def at_most(name: str, ours: float, limit: float, unit: str) -> Row:
     return Row(name, ours, goal=f"<= {limit:g} {unit}", holds=ours <= limit)
+
+
+def adds_at_most(name: str, ours: float, peer: float, peer_name: str, limit: float, unit: str) -> Row:
+    """We may take at most *limit* more than the peer."""
+    return Row(name, ours, peer, peer_name, ours / peer, f"ours - peer <= {limit:g} {unit}", ours - peer <= limit)
 
 
 def ratio_at_most(name: str, ours: float, peer: float, peer_name: str, limit: float) -> Row:
