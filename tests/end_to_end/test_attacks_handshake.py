@@ -19,7 +19,7 @@ from attestation.client.session import AttestedSession
 from attestation.client.target import Target
 from tests.attestation.client.enclave import FETCH, PROVE, prove, served, session_for, show
 from tests.attestation.client.ratls_server import Server
-from tests.attestation.client.talking import SECRET, Send, both_roads, talk
+from tests.attestation.client.talking import SECRET, Send, both_roads, refused, talk
 from tests.end_to_end.attacks import THROUGH, Defence, check, replaced, stops, users_bytes
 from tests.genuine import NAME, Genuine, genuine, leaf_key
 
@@ -64,6 +64,18 @@ def test_downgrade_to_tls_1_2(send: Send, monkeypatch: pytest.MonkeyPatch) -> No
         lambda: downgraded(story), "TLS_VERSION", (any_version, "TLS_VERSION"), (unread_version, THROUGH),
         monkeypatch=monkeypatch, send=send,
     )  # fmt: skip
+
+
+@both_roads
+def test_tls_1_2_is_not_even_offered(send: Send, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer alone: such a handshake does not come about."""
+    with downgraded(genuine()) as (session, server):
+        refused(session, server, "TLS_VERSION", send)
+        assert not any(c.handshake_done for c in server.connections)
+    any_version(monkeypatch)
+    with downgraded(genuine()) as (session, server):
+        refused(session, server, "TLS_VERSION", send)
+        assert all(c.handshake_done for c in server.connections)
 
 
 # --- a resumed session ---
