@@ -242,7 +242,8 @@ class AttestedSocket(_Facts):
 
     def send(self, data: Any, flags: int = 0) -> int:  # Any: bytes-like
         _no_flags(flags)
-        self._send_unsent()
+        if self._unsent:
+            self._send_unsent()
         taken = self._link.write(memoryview(data).cast("B"))
         # What was taken is ours to deliver: what the kernel does not take now goes before the next byte.
         with contextlib.suppress(ssl.SSLWantWriteError):
