@@ -11,7 +11,7 @@ ifeq ($(VOUCHSAFE_VECTORS),)
 unexport VOUCHSAFE_VECTORS
 endif
 
-.PHONY: help system setup demo run test check format bench fuzz interop ci-long lock clean
+.PHONY: help system setup clients demo run test check format bench fuzz interop ci-long lock clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -25,13 +25,16 @@ setup: ## .venv with everything the other targets need (no root; TORCH_INDEX=URL
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON)"; echo "hint: \`make system\` as root, or make setup PYTHON=/path/to/python3.11"; exit 1; }
 	@$(PYTHON) images/locks/setup.py
 
+clients: setup ## .venv-clients: LangChain, LiteLLM and Node.js for the examples under docs/ (about 30 s)
+	@$(PYTHON) images/locks/setup_clients.py
+
 demo: setup ## the whole path: verify, chat, receipt, what the host saw, three refusals (MODEL=DIR for your own model)
 	@$(PY) -m tests.demo $(if $(MODEL),--model $(MODEL))
 
 run: setup ## the same, and keep serving
 	@$(PY) -m tests.demo --keep $(if $(MODEL),--model $(MODEL))
 
-test: setup ## all tests that need no special hardware
+test: setup clients ## all tests that need no special hardware
 	$(PY) -m pytest -q $(TESTS)
 
 ci-long: bench fuzz interop ## everything that takes longer than CI has
@@ -57,8 +60,9 @@ fuzz: setup ## every byte of real evidence changed once, then coverage-guided fu
 	VOUCHSAFE_SWEEP=all $(PY) -m pytest -q --timeout 3600 tests/attestation/tdx/test_sweep.py tests/attestation/gpu
 	$(PY) -m tests.fuzz --seconds $(or $(SECONDS),60)
 
-lock: setup ## refresh the lock from its .in file, showing what changed
+lock: setup ## refresh the locks from their .in files, showing what changed
 	$(PY) images/locks/lock.py images/locks/cpu-py311.in
+	$(PY) images/locks/lock.py images/locks/clients-py311.in
 
 clean: ## what the targets made, .venv included
-	rm -rf .venv .venv-nvidia build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-nvidia .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
