@@ -8,7 +8,17 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
-__all__ = ["Row", "adds_at_most", "at_least", "at_most", "fact", "interleaved", "ratio_at_most", "table"]
+__all__ = [
+    "Row",
+    "adds_at_most",
+    "at_least",
+    "at_most",
+    "fact",
+    "interleaved",
+    "rate_at_least",
+    "ratio_at_most",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,12 @@ def at_least(name: str, ours: float, peer: float, peer_name: str, limit: float) 
     """The peer takes at least *limit* times our time."""
     ratio = peer / ours
     return Row(name, ours, peer, peer_name, ratio, f"peer / ours >= {limit:g}", ratio >= limit)
+
+
+def rate_at_least(name: str, ours: float, peer: float, peer_name: str, limit: float) -> Row:
+    """Our rate is at least *limit* of the peer's."""
+    ratio = ours / peer
+    return Row(name, ours, peer, peer_name, ratio, f"ours / peer >= {limit:g}", ratio >= limit)
 
 
 def interleaved(contestants: Mapping[str, Callable[[], object]], *, rounds: int, cpu: bool = False) -> dict[str, float]:
