@@ -129,6 +129,19 @@ def _service(commands: Any) -> None:
     _live(p)
     p.add_argument("--api-key-file", metavar="F")
 
+    p = _command(commands, "proxy", "cli_proxy", "proxy", "a local verifying proxy for programs in any language")
+    p.add_argument("--to", metavar="URL", required=True, help="https://NAME[:PORT]")
+    _live(p)
+    p.add_argument("--listen", metavar="ADDR", default="127.0.0.1:8080", help="HOST:PORT (port 0: any) or unix:PATH")
+    p.add_argument("--receipts", choices=("require", "off"), default="require", help="off: answers pass unchecked")
+    p.add_argument("--reattest", metavar="TIME", default="15m", help="verify anew this often (default 15m)")
+    p.add_argument("--expose", action="store_true", help="allow an address beyond loopback; asks for a token")
+    p.add_argument("--token-file", metavar="F", help="what programs must send in X-Vouchsafe-Token")
+
+    p = _command(commands, "status", "cli_proxy", "status", "state of a running proxy")
+    p.add_argument("--proxy", metavar="ADDR", default="127.0.0.1:8080", help="HOST:PORT or unix:PATH of the proxy")
+    p.add_argument("--token-file", metavar="F", help="the token of a proxy beyond loopback")
+
     group = commands.add_parser("receipt", help="check what a service said it did", epilog=EPILOG)
     inner = group.add_subparsers(dest="action", required=True, metavar="ACTION", parser_class=_Parser)
     p = _command(inner, "verify", "cli_receipt", "verify_receipt_file", "check a receipt against evidence and bytes")

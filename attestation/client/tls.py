@@ -67,6 +67,10 @@ class AttestedContext(ssl.SSLContext):
         link = self._link(server_side, server_hostname, session)
         return AttestedObject(link, self, incoming, outgoing, self._appraiser.name)
 
+    def link(self) -> Link:
+        """A connection without a socket, for a program that carries ciphertext itself. May block as `wrap_bio` may."""
+        return self._link(False, None, None)
+
     def _link(self, server_side: bool, server_hostname: str | bytes | None, session: object) -> Link:
         if server_side:
             raise ValueError("an AttestedContext is for clients")
