@@ -68,6 +68,8 @@ STOP_DRAIN: Final = 30
 """Seconds that running answers get when the enclave is asked to stop."""
 CHILD_PATIENCE: Final = 3.0
 """Seconds for children that an engine's own stop left behind, before they are killed."""
+READY_PATIENCE: Final = 5.0
+"""Seconds that the driver gets to withdraw the GPUs' ready state at the end."""
 RTMR_INDEX: Final = 4  # of RTMR3 in event logs (CCEL: 1 to 4)
 EV_EVENT_TAG: Final = 6
 
@@ -252,7 +254,7 @@ class Boot:
             engines=self.engines,
             access=KeyCheck(self.settings.access.api_key_sha256.hex()),
             receipts=ReceiptStore(),
-            public={**evidence.routes, **health_routes(self.ready)},
+            public={**evidence.routes, **health_routes(self.ready, lambda: bool(self.issuer.failing))},
             ready=self.ready,
         )
         endpoint = Endpoint(
@@ -310,6 +312,7 @@ class Boot:
             with contextlib.suppress(Exception, TimeoutError):  # its children are ended below in any case
                 await asyncio.wait_for(engine.stop(), 60)
         if self.producer is not None:
+            await _give_gpus_back(self.producer)
             self.producer.close()
         if self._socket is not None:
             self._socket.close()
@@ -319,6 +322,13 @@ class Boot:
         if self._lock is not None:
             self._lock.close()
         return killed
+
+
+async def _give_gpus_back(producer: Producer) -> None:
+    """Nobody vouches for the GPUs any more: they take no work of whatever runs here next."""
+    if producer.has_gpu:
+        with contextlib.suppress(VouchsafeError, TimeoutError):  # the machine may be why we stop
+            await asyncio.wait_for(producer.set_gpu_ready(False), READY_PATIENCE)
 
 
 def _children() -> dict[int, str]:

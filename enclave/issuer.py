@@ -10,7 +10,9 @@ Runs in the enclave. The order is fixed, and each step commits to the ones befor
 
 A certificate that the enclave's own verifier refuses is never served. A successor is minted at half of the lifetime,
 and at once when the operator's documents change; it takes over for new connections only. A renewal that fails is
-said aloud and tried again; once the old leaf has ended no request is taken (`enclave.tls`).
+said aloud and tried again, less and less often; once the old leaf has ended no handshake and no request is taken
+(`enclave.tls`) and the GPUs' ready state, which that leaf vouched for, is withdrawn. It is withdrawn at once when what
+was refused is a GPU and not the host's papers about it: an exchanged device gets no more work.
 """
 
 from __future__ import annotations
@@ -60,7 +62,12 @@ DRAIN: Final = 600
 KEPT: Final = 64
 """Bundles of earlier certificates, for receipts that still name them (20 minutes; the shortest renewal is 30 s)."""
 POLL: Final = 5.0
-RETRY: Final = 30.0
+RETRY: Final = 5.0
+RETRY_MAX: Final = 60.0
+"""Seconds before a failed renewal is tried again: doubled each time up to the second, and never past the leaf's end."""
+_PAPERS: Final = ("GPU_OCSP_", "GPU_RIM_")
+_VERDICTS: Final = frozenset({"GPU_OCSP_REVOKED", "GPU_RIM_MISMATCH"})
+"""Refusals about endorsements, which the host can lose or damage, and those among them that speak of the device."""
 
 
 class LeafKey(Protocol):
@@ -106,6 +113,7 @@ class Issuer:
     """Makes identities and knows the current one. Used from one event loop.
 
     event_log   the closed log; set once, by `seal` of the boot
+    failing     code of the last renewal when it failed, "" otherwise
     say         one line for the operator's console, without content
     """
 
@@ -127,6 +135,8 @@ class Issuer:
         self._current: Identity | None = None
         self._documents = b""
         self._kept: OrderedDict[str, bytes] = OrderedDict()
+        self._gpus_stopped = False
+        self.failing = ""
         self.event_log = b""
         self.release_digest: bytes | None = None
 
@@ -139,8 +149,9 @@ class Issuer:
 
     @property
     def valid(self) -> bool:
-        """Whether the current leaf has not ended."""
-        return self._current is not None and self._clock.now() < self._current.not_after
+        """Whether the current leaf has not ended, and no GPU has been refused since it was made."""
+        current = self._current
+        return current is not None and not self._gpus_stopped and self._clock.now() < current.not_after
 
     def bundle(self, digest: str | None = None) -> bytes | None:
         """The current bundle, or that of the certificate whose keyset has *digest*; None when it is not kept."""
@@ -157,12 +168,17 @@ class Issuer:
         wire_nonce = binding.gpu_nonce(binding.key_hash(draft.key.spki), draft.nonce.issued_at, draft.nonce.salt)
         evidence = await self._producer.gpu_evidence(wire_nonce)
         hints = GpuEndorsements(draft.endorsements.rims, draft.endorsements.ocsp)
-        _demand(
-            verify_gpu(evidence, hints, self._policy, nonce=wire_nonce, now=self._clock.now()),
-            "the GPU evidence does not pass the enclave's own verification",
-        )
+        judged = verify_gpu(evidence, hints, self._policy, nonce=wire_nonce, now=self._clock.now())
+        state = await self._producer.gpu_state()
+        try:
+            _demand(judged, "the GPU evidence does not pass the enclave's own verification")
+            _same(state, judged)
+        except RefusedError as err:
+            if not judged.failed or not all(_of_papers(c.code) for c in judged.failed):
+                await self._stop_gpus(err.code)
+            raise
         # Only now: work on a GPU that has not been verified would hand it plaintext.
-        if not (await self._producer.gpu_state()).ready:
+        if not state.ready:
             await self._producer.set_gpu_ready(True)
         draft.gpu_state = self._state(await self._producer.gpu_state())
         draft.gpu = encode_gpu(evidence)
@@ -255,7 +271,7 @@ class Issuer:
 
     def publish(self, identity: Identity) -> None:
         """Use *identity* for every handshake from now on. Connections that exist keep theirs."""
-        self._current = identity
+        self._current, self._gpus_stopped = identity, False
         self._kept[identity.keyset_digest] = identity.bundle()
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
@@ -276,19 +292,50 @@ class Issuer:
 
     async def renew_forever(self) -> None:
         """Mint successors until cancelled. Failures are said, counted by their code, and tried again."""
+        failures = 0
         while True:
             await self._until_due()
             try:
                 successor = await self.issue()
             except (VouchsafeError, OSError) as err:
-                code = err.code if isinstance(err, VouchsafeError) else "ISSUE_SYSTEM"
-                telemetry.event("certificate.failed", code=code)
-                left = max(0, self.current.not_after - self._clock.now())
-                self._say(f"certificate: RENEWAL FAILED ({err}); the current one ends in {left} s")
-                await asyncio.sleep(self._retry)
+                failures += 1
+                await self._failed(err, failures)
                 continue
+            failures, self.failing = 0, ""
             await self._settle(successor)
             self.publish(successor)
+
+    async def _failed(self, err: VouchsafeError | OSError, failures: int) -> None:
+        """Tell, withdraw the ready state when the leaf has ended, and wait before the next attempt."""
+        self.failing = err.code if isinstance(err, VouchsafeError) else "ISSUE_SYSTEM"
+        left = max(0, self.current.not_after - self._clock.now())
+        pause = min(self._retry * 2 ** min(failures - 1, 10), RETRY_MAX)
+        if left:
+            pause = min(pause, left)  # the end of the leaf is not slept through
+        telemetry.event("certificate.failed", code=self.failing, attempt=failures, left=left)
+        self._say(
+            f"certificate: RENEWAL FAILED ({err}); attempt {failures}, next in {pause:.0f} s; "
+            f"the current one ends in {left} s"
+        )
+        if not left:
+            await self._stop_gpus(self.failing)
+        await asyncio.sleep(pause)
+
+    async def _stop_gpus(self, code: str) -> None:
+        """Withdraw the GPUs' ready state, and with it our own, until a certificate has been made."""
+        self._gpus_stopped = self._producer.has_gpu
+        try:
+            if not self._producer.has_gpu or not (await self._producer.gpu_state()).ready:
+                return
+            await self._producer.set_gpu_ready(False)
+        except VouchsafeError as err:  # what led here is told by the caller and must not be hidden by this
+            telemetry.event("gpu.stopped", code=code, done=False)
+            self._say(f"gpu: READY STATE NOT WITHDRAWN ({err})")
+        else:
+            telemetry.event("gpu.stopped", code=code, done=True)
+            self._say(
+                f"gpu: READY STATE WITHDRAWN ({code}): no more work for the GPUs until they are vouched for again"
+            )
 
     async def _until_due(self) -> None:
         current = self.current
@@ -323,6 +370,32 @@ class Issuer:
             ready=state.ready,
             production=state.production,
         )
+
+
+def _of_papers(code: str) -> bool:
+    return code.startswith(_PAPERS) and code not in _VERDICTS
+
+
+def _same(state: GpuState, judged: AttestationResult) -> None:
+    """The driver counts the devices that the evidence shows, in the same mode, and says that they are confidential.
+
+    Raises `RefusedError`; a verifier makes the same comparison with the claims (GPU facts §7, 5 and 6)."""
+    seen = judged.claims["gpu"]
+    kinds = [device["kind"] for device in seen["devices"]]
+    shown = (kinds.count("gpu"), kinds.count("switch"), seen["mode"])
+    counted = (state.count, state.switches, state.mode)
+    if counted != shown:
+        raise RefusedError(
+            "GPU_STATE", "the driver counts other devices than the evidence shows", expected=shown, actual=counted,
+            hint="was a GPU added, lost or reset? restart the machine",
+        )  # fmt: skip
+    if (state.cc, state.production, state.dev_tools) != (True, True, False):
+        raise RefusedError(
+            "GPU_NOT_CONFIDENTIAL", "the driver says that the GPUs are not confidential",
+            expected="cc=True, production=True, dev_tools=False",
+            actual=f"cc={state.cc}, production={state.production}, dev_tools={state.dev_tools}",
+            hint="nvidia-smi conf-compute -q shows the mode; it changes at a reset of the GPU alone",
+        )  # fmt: skip
 
 
 def _provenance(release_raw: bytes) -> dict[str, str | None]:

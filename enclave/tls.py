@@ -10,7 +10,8 @@ and hands plaintext to uvicorn's own HTTP/1.1 parser through a transport facade,
 * SNI is not checked: it is unauthenticated and the names of the certificate are what a client compares. A client
   that knows no name yet may fetch the evidence.
 * Every connection keeps the identity it was accepted under. After that leaf's not-after no new request is taken on
-  it: 503, `Connection: close`, and the client dials again (a 421 would not be retried by the SDKs).
+  it: 503, `Connection: close`, and the client dials again (a 421 would not be retried by the SDKs). With no successor
+  there is nobody to dial: a key whose certificate has ended makes no handshake.
 * A peer decides nothing about memory or time: handshakes in progress, open connections, header bytes, and the time
   for handshake, headers, body and a stalled reader are bounded (`TlsLimits`).
 * What an ASGI application raises ends here. Its text could hold a prompt, so it reaches neither log nor answer.
@@ -172,8 +173,12 @@ class AttestedProtocol(asyncio.Protocol):
             self.closing = True
             self.raw.abort()
             return
-        shared.handshaking.add(self)
         self.identity = shared.current()
+        if shared.now() >= self.identity.not_after:
+            self.closing = True
+            self.raw.abort()
+            return
+        shared.handshaking.add(self)
         self.tls = SSL.Connection(self.identity.context, None)  # None: memory BIOs
         self.tls.set_accept_state()
         self._timer = self.loop.call_later(self.limits.handshake_s, self.abort)
