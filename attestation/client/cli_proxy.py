@@ -14,11 +14,13 @@ import json
 import logging
 import os
 import re
+import signal
 import socket
 import stat
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -115,6 +117,16 @@ def _run(session: AttestedSession, state: ProxyState, guard: Guard, sock: socket
                 if self._head > MAX_HEAD:
                     self.transport.close()
 
+    class Quiet(uvicorn.Server):
+        """Stops in order on SIGINT and SIGTERM, and lets the command clean up and end by itself."""
+
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+            yield
+
     for name in ("uvicorn", "uvicorn.error", "asyncio"):  # what they would print may quote a request
         logging.getLogger(name).disabled = True
 
@@ -128,14 +140,14 @@ def _run(session: AttestedSession, state: ProxyState, guard: Guard, sock: socket
         )  # fmt: skip
         task = asyncio.create_task(_reattest(session, upstream, state, every))
         try:
-            await uvicorn.Server(config).serve(sockets=[sock])
+            await Quiet(config).serve(sockets=[sock])
         finally:
             task.cancel()
             upstream.close()
 
     import uvloop
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner, contextlib.suppress(KeyboardInterrupt):
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
 
 

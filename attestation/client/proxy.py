@@ -16,7 +16,7 @@ import hashlib
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -47,8 +47,9 @@ _LOCAL: Final = frozenset({"127.0.0.1", "localhost", "[::1]"})
 _OURS: Final = frozenset(
     {
         b"host", b"connection", b"keep-alive", b"proxy-authorization", b"proxy-connection", b"te", b"trailer",
-        b"upgrade", b"transfer-encoding", b"content-length", b"accept-encoding", b"expect", b"forwarded", b"via", b"cookie",
-        b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"origin", b"referer", TOKEN_HEADER, _ASK,
+        b"upgrade", b"transfer-encoding", b"content-length", b"accept-encoding", b"expect", b"forwarded", b"via",
+        b"cookie", b"x-forwarded-for", b"x-forwarded-host", b"x-forwarded-proto", b"origin", b"referer",
+        TOKEN_HEADER, _ASK,
     }
 )  # fmt: skip
 """Request headers that end here: they belong to this hop, or would tell the service about this machine."""
@@ -260,10 +261,13 @@ class Proxy:
         await send({"type": "http.response.body", "body": rest})
 
     def _request(
-        self, method: str, path: bytes, headers: Iterable[tuple[bytes, bytes]], body: bytes, receipt: bool
+        self, method: str, path: bytes, headers: Sequence[tuple[bytes, bytes]], body: bytes, receipt: bool
     ) -> bytes:
+        nominated = {
+            n.strip().lower() for k, v in headers if k == b"connection" for n in v.split(b",")
+        }  # RFC 9110 §7.6.1
         lines = [b"%s %s HTTP/1.1" % (method.encode("ascii"), path), b"host: " + self._target.host.encode("ascii")]
-        lines += [k + b": " + v for k, v in headers if k not in _OURS]
+        lines += [k + b": " + v for k, v in headers if k not in _OURS and k not in nominated]
         lines.append(b"accept-encoding: identity")  # receipts speak of the bytes as sent
         if receipt:
             lines.append(_ASK + b": inline")
@@ -316,7 +320,7 @@ def _path(scope: Scope) -> bytes:
     """Path and query as received, when they are ones to pass on."""
     raw, query = bytes(scope["raw_path"]).partition(b"?")[0], bytes(scope.get("query_string", b""))
     if not _PATH.fullmatch(raw) or b"/.." in raw or not _QUERY.fullmatch(query):
-        raise _Stop(404, "not_found", "This proxy passes /v1/… on: does the base URL end in /v1?")
+        raise _Stop(404, "not_found", "This proxy passes on what begins with /v1/: does the base URL end in /v1?")
     return raw + b"?" + query if query else raw
 
 
