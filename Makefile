@@ -49,8 +49,9 @@ format: setup ## let ruff put the code in shape
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-interop: setup ## evidence of the development TEE judged by NVIDIA's own verifier, in an environment of its own
+interop: setup ## certificate, quote, GPU evidence and receipts read by implementations from elsewhere, in environments of their own
 	sh tests/interop/setup_nvidia.sh
+	sh tests/interop/setup_peers.sh
 	$(PY) -m pytest -q tests/interop
 
 bench: setup ## ratios against peers in one run, build/bench.json
