@@ -64,8 +64,8 @@ def proxy(options: Namespace) -> int:
         try:
             _run(session, state, guard, sock, float(every))
         finally:
-            if sock.family == socket.AF_UNIX:
-                Path(sock.getsockname()).unlink(missing_ok=True)
+            if where.startswith("unix:"):
+                Path(where.removeprefix("unix:")).unlink(missing_ok=True)
     return ACCEPTED
 
 
