@@ -177,7 +177,7 @@ class Boot:
     async def _gpu_probe(self) -> str:
         paths, wanted = self.settings.paths, self.settings.gpu
         tdx = TdxAttester(paths.tsm, paths.measurements, paths.acpi)
-        self.producer = Producer(tdx, GpuAttester() if wanted.count else None)
+        self.producer = Producer(tdx, GpuAttester(pci=paths.pci) if wanted.count else None)
         if not wanted.count:
             return "none configured"
         state = await self.producer.gpu_state()

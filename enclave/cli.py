@@ -49,7 +49,7 @@ def _check(config: Path | None, *, as_json: bool) -> int:
     directories = {}
     if config is not None:
         paths = Settings.load(config).paths
-        directories = {"tsm": paths.tsm, "measurements": paths.measurements, "acpi": paths.acpi}
+        directories = {"tsm": paths.tsm, "measurements": paths.measurements, "acpi": paths.acpi, "pci": paths.pci}
     hardening.apply()  # what a process may set for itself is set, then read back
     measures = hardening.check(directories=directories)
     failed = [m for m in measures if m.status == "fail"]

@@ -62,13 +62,15 @@ class Listen:
 
 @dataclass(frozen=True, slots=True)
 class PathSettings:
-    """Directories. `tsm`, `measurements`, `acpi` are the kernel's; the host fills `statements` and `endorsements`.
+    """Directories. `tsm`, `measurements`, `acpi`, `pci` (the list of PCI functions, `/sys/bus/pci/devices`) are the
+    kernel's; the host fills `statements` and `endorsements`.
 
     Nothing read from the last two is believed before it has been verified."""
 
     tsm: Path
     measurements: Path
     acpi: Path
+    pci: Path
     statements: Path
     endorsements: Path
     runtime: Path
@@ -233,6 +235,7 @@ def _settings(top: _Table, digest: bytes) -> Settings:
             tsm=paths.path("tsm", "directory"),
             measurements=paths.path("measurements", "directory"),
             acpi=paths.path("acpi", "directory"),
+            pci=paths.path("pci", "directory"),
             statements=paths.path("statements", "directory"),
             endorsements=paths.path("endorsements", "directory"),
             runtime=paths.path("runtime", "any"),

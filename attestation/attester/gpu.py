@@ -6,16 +6,21 @@ derived from its certificate key, never one that somebody sent (`attestation.bin
 
 `pynvml` is imported when an attester is made, so that nothing else needs it. It loads `libnvidia-ml.so.1`, which the
 dynamic loader finds; the development TEE ships one of its own.
+
+The driver's list is compared with the kernel's list of PCI functions each time: a display function that the driver does
+not count would be hardware in the machine that no evidence speaks of (GPU facts §7, 6).
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
 
 from attestation.attester.base import AttesterError
@@ -30,6 +35,11 @@ T = TypeVar("T")
 
 MAX_CHAIN: Final = 0x1400
 """Bytes of PEM that NVML has room for (NVML_GPU_ATTESTATION_CERT_CHAIN_SIZE)."""
+PCI_DEVICES: Final = Path("/sys/bus/pci/devices")
+MAX_FUNCTIONS: Final = 4096
+_ADDRESS: Final = re.compile(r"([0-9a-f]{4,8}):([0-9a-f]{2}):([0-9a-f]{2})\.([0-7])")
+_DISPLAY: Final = "0x03"  # PCI class code 03h: VGA, 3D and other display controllers
+_NVIDIA: Final = "0x10de"
 _ON: Final = 1
 _PRODUCTION: Final = 2
 _MODES: Final[dict[int, Literal["spt", "ppcie", "mpt"]]] = {0: "spt", 1: "ppcie", 2: "mpt"}
@@ -60,9 +70,11 @@ class GpuState:
 class GpuAttester:
     """The GPUs of the machine this process runs in. Thread-safe: one lock, one NVML call at a time."""
 
-    def __init__(self, nvml: Any = None) -> None:  # Any: pynvml ships no types
-        """Loads and initialises NVML; *nvml* stands in for the module `pynvml`. Raises `AttesterError`."""
+    def __init__(self, nvml: Any = None, pci: Path = PCI_DEVICES) -> None:  # Any: pynvml ships no types
+        """Loads and initialises NVML; *nvml* stands in for the module `pynvml`, *pci* is the kernel's list of PCI
+        functions (sysfs). Raises `AttesterError`."""
         self._lock = threading.Lock()
+        self._pci = pci
         self._open = False
         if nvml is None:
             try:
@@ -143,7 +155,7 @@ class GpuAttester:
         return mode, settings
 
     def _handles(self) -> list[Any]:  # Any: pynvml ships no types
-        """All GPUs in PCI order: domain, bus, device."""
+        """All GPUs in PCI order: domain, bus, device; exactly those that the kernel shows."""
         count = self._call("count the GPUs", self._nvml.nvmlDeviceGetCount)
         if not 1 <= count <= MAX_GPUS:
             raise AttesterError("ATTESTER_GPU_COUNT", "an impossible number of GPUs", expected=f"1 to {MAX_GPUS}",
@@ -154,6 +166,13 @@ class GpuAttester:
             handle = self._call(f"open GPU {index}", partial(self._nvml.nvmlDeviceGetHandleByIndex, index))
             pci = self._call(f"locate GPU {index}", partial(self._nvml.nvmlDeviceGetPciInfo, handle))
             found.append(((pci.domain, pci.bus, pci.device), index, handle))
+        listed, there = sorted(at for at, _, _ in found), _display_functions(self._pci)
+        if listed != there:
+            raise AttesterError(
+                "ATTESTER_GPU_PCI", "the driver does not list the display devices that are on the PCI bus",
+                expected=[_address(at) for at in there], actual=[_address(at) for at in listed],
+                hint="pass NVIDIA GPUs through and no other display device; lspci -d ::0300, ::0302 shows them",
+            )  # fmt: skip
         return [handle for _, _, handle in sorted(found, key=lambda f: f[:2])]
 
     def _device(self, handle: Any, nonce: bytes) -> GpuDevice:  # Any: pynvml ships no types
@@ -185,6 +204,41 @@ class GpuAttester:
                 "ATTESTER_NVML", f"the NVIDIA driver did not {what}: {' '.join(str(err).split())[:120]}",
                 actual=f"NVML status {getattr(err, 'value', 'unknown')}", hint=hint,
             ) from err  # fmt: skip
+
+
+def _display_functions(folder: Path) -> list[tuple[int, int, int]]:
+    """Domain, bus and device of every display function of the machine, in order. Raises `AttesterError`, also for one
+    that is not NVIDIA's: nobody vouches for it."""
+    found = []
+    try:
+        names = sorted(entry.name for entry in folder.iterdir())
+        if len(names) > MAX_FUNCTIONS:
+            raise AttesterError("ATTESTER_GPU_PCI", "an impossible number of PCI functions", actual=len(names))
+        for name in names:
+            if not _word(folder / name / "class").startswith(_DISPLAY):
+                continue
+            at, vendor = _ADDRESS.fullmatch(name), _word(folder / name / "vendor")
+            if at is None or vendor != _NVIDIA or at[4] != "0":
+                raise AttesterError(
+                    "ATTESTER_GPU_PCI", "a display device is there that is no GPU of NVIDIA's", expected=_NVIDIA,
+                    actual=f"{name} of vendor {vendor}", hint="start the machine without a display device",
+                )  # fmt: skip
+            found.append((int(at[1], 16), int(at[2], 16), int(at[3], 16)))
+    except OSError as err:
+        raise AttesterError(
+            "ATTESTER_GPU_PCI", f"cannot read the kernel's list of PCI functions in {folder}: {err.strerror}",
+            hint="mount sysfs, or correct paths.pci",
+        ) from err  # fmt: skip
+    return found
+
+
+def _word(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(64).decode("ascii", "replace").strip()
+
+
+def _address(at: tuple[int, int, int]) -> str:
+    return "{:04x}:{:02x}:{:02x}".format(*at)
 
 
 def _taken(array: Any, size: int, limit: int, what: str) -> bytes:  # Any: a ctypes array

@@ -213,6 +213,7 @@ listen = {json.dumps(listen)}
 tsm = {json.dumps(str(devtee / "tsm"))}
 measurements = {json.dumps(str(devtee / "measurements"))}
 acpi = {json.dumps(str(devtee / "acpi"))}
+pci = {json.dumps(str(devtee / "pci"))}
 statements = "statements"
 endorsements = {json.dumps(str(devtee / "endorsements"))}
 runtime = "run"

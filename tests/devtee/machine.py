@@ -6,6 +6,7 @@
     DIR/endorsements/       collateral.json, rims/<id>.xml, ocsp/<name>.der, kept fresh
     DIR/roots/              intel, nvidia_device, nvidia_rim as .der and .pem
     DIR/lib/, DIR/nvml.sock the NVML stand-in (LD_LIBRARY_PATH=DIR/lib)
+    DIR/pci/                the kernel's list of PCI functions: class and vendor
 
 One process, one thread, one loop that looks at the directories every few milliseconds. A start is a boot: RTMR3 is
 zero again, the GPUs are not ready; the PKI in DIR stays what it was.
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.devtee.eventlog import ccel_log, ccel_table
-from tests.devtee.nvml import GpuSystem, NvmlServer, build_library
+from tests.devtee.nvml import GpuSystem, NvmlServer, build_library, write_pci
 from tests.devtee.ocsp import OcspSpec
 from tests.devtee.registers import Registers
 from tests.devtee.rim import RimSpec
@@ -103,6 +104,7 @@ class Machine:
             (roots / f"{name}.pem").write_bytes(text)
             (roots / f"{name}.der").write_bytes(getattr(self.tee.roots, name))
         build_library(self.state / "lib")
+        write_pci(self.state / "pci", self.behaviour.gpu)
 
     def _refresh(self) -> None:
         """Write the endorsements. Each file is replaced at once: a reader sees the old or the new one."""

@@ -24,7 +24,7 @@ from typing import Final
 from tests.devtee.gpu import GpuForm
 from tests.devtee.tee import DevTee
 
-__all__ = ["GpuSystem", "NvmlServer", "build_library"]
+__all__ = ["GpuSystem", "NvmlServer", "build_library", "write_pci"]
 
 MAGIC: Final = 0x4C4D564E
 REQUEST: Final = struct.Struct("=IIII32s")
@@ -43,7 +43,8 @@ class GpuSystem:
     gpus: devices listed. duplicate: every device is really the first one. environment 2 production, 1 simulation;
     cc_feature 1 on; dev_tools 1 on; multi_gpu 0 none, 1 protected PCIe, 2 NVLink encryption; cpu_caps 2 TDX.
     ready_locked: the ready state cannot be set, as after a failed attestation. form: what the reports say;
-    foreign_form: what the report of the last device says instead.
+    foreign_form: what the report of the last device says instead. unlisted: GPUs on the PCI bus that the driver does
+    not list; foreign_display: a display device of another vendor beside them.
     """
 
     gpus: int = 1
@@ -56,6 +57,8 @@ class GpuSystem:
     ready_locked: bool = False
     form: GpuForm = field(default_factory=GpuForm)
     foreign_form: GpuForm | None = None
+    unlisted: int = 0
+    foreign_display: bool = False
 
 
 def build_library(folder: Path) -> Path:
@@ -198,8 +201,26 @@ class NvmlServer:
         return b""
 
 
+def write_pci(folder: Path, system: GpuSystem) -> None:
+    """The kernel's list of PCI functions, as sysfs has it: a network card, the machine's GPUs, and its lies."""
+    shutil.rmtree(folder, ignore_errors=True)
+    functions = {"0000:00:01.0": ("0x020000", "0x1af4")}
+    for index in range(system.gpus + system.unlisted):
+        functions[f"0000:{_bus(index):02x}:00.0"] = ("0x030200", "0x10de")
+    if system.foreign_display:
+        functions["0000:00:02.0"] = ("0x030000", "0x1234")
+    for name, (kind, vendor) in functions.items():
+        (folder / name).mkdir(parents=True)
+        (folder / name / "class").write_text(kind + "\n")
+        (folder / name / "vendor").write_text(vendor + "\n")
+
+
+def _bus(index: int) -> int:
+    return 0x10 + 0x10 * index
+
+
 def _pci(index: int) -> bytes:
     """nvmlPciInfo_t: legacy id, domain, bus, device, vendor and device id (H100 SXM), subsystem, bus id."""
-    bus = 0x10 + 0x10 * index
+    bus = _bus(index)
     legacy, full = f"0000:{bus:02X}:00.0".encode(), f"00000000:{bus:02X}:00.0".encode()
     return struct.pack("=16sIIIII32s", legacy, 0, bus, 0, 0x233010DE, 0x16C110DE, full)

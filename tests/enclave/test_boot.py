@@ -174,6 +174,14 @@ def test_developer_tools_on_the_gpu_stop_the_boot_before_its_ready_state(short: 
             assert "boot 3/11 gpu probe: FAILED" in enclave.text
 
 
+def test_a_gpu_on_the_bus_that_the_driver_does_not_list_stops_the_boot(short: Path) -> None:
+    with running_machine(short / "tee", "--set", "gpu.unlisted=1"):
+        made = make(short, short / "tee")
+        with EnclaveProcess(made.config, short / "tee") as enclave:
+            assert enclave.wait() == 1
+            assert "boot 3/11 gpu probe: FAILED: ATTESTER_GPU_PCI" in enclave.text
+
+
 def test_a_false_gpu_measurement_is_refused_before_the_gpu_may_work(short: Path) -> None:
     with running_machine(short / "tee", "--set", "gpu.form.driver=535.0"):
         made = make(short, short / "tee")

@@ -43,7 +43,8 @@ def run(state: Path, script: str) -> Any:  # Any: the JSON that the script print
         "from attestation.attester.gpu import GpuAttester\n"
         "from attestation.gpu import encode\n"
         f"NONCE = bytes.fromhex('{NONCE.hex()}')\n"
-        "try:\n    gpu = GpuAttester()\n"
+        "from pathlib import Path\n"
+        f"try:\n    gpu = GpuAttester(pci=Path({str(state / 'pci')!r}))\n"
     )
     body = "".join(f"    {line}\n" for line in script.splitlines())
     tail = (
@@ -153,7 +154,7 @@ class Driver:
     c_nvmlSystemConfComputeSettings_v1_t = pynvml.c_nvmlSystemConfComputeSettings_v1_t
 
     def __init__(self, tee: DevTee, buses: tuple[int, ...] = (0x10,), **changes: Any) -> None:
-        self._tee, self._buses, self._changes = tee, buses, changes
+        self._tee, self.buses, self._changes = tee, buses, changes
         self.ready = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -175,7 +176,7 @@ class Driver:
         return int(self._changes.get("settings", 0))
 
     def nvmlDeviceGetCount(self) -> int:
-        return int(self._changes.get("count", len(self._buses)))
+        return int(self._changes.get("count", len(self.buses)))
 
     def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
         if index == self._changes.get("lost"):
@@ -183,7 +184,7 @@ class Driver:
         return index
 
     def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
-        return SimpleNamespace(domain=0, bus=self._buses[handle], device=0)
+        return SimpleNamespace(domain=0, bus=self.buses[handle], device=0)
 
     def nvmlDeviceGetConfComputeGpuAttestationReport(self, handle: int, nonce: bytes) -> Any:
         report = self._tee.gpu_report(self._changes.get("nonce", nonce), handle, GpuForm())[0]
@@ -205,9 +206,21 @@ class Driver:
         return self.ready
 
 
+def attester(driver: Driver, folder: Path, *, seen: tuple[int, ...] | None = None) -> GpuAttester:
+    """*driver* on a machine whose bus shows its GPUs, or the ones on the buses *seen*."""
+    buses = driver.buses if seen is None else seen
+    pci = folder / ("pci-" + "-".join(map(str, buses)))
+    for bus in buses:
+        function = pci / f"0000:{bus:02x}:00.0"
+        function.mkdir(parents=True, exist_ok=True)
+        (function / "class").write_text("0x030200\n")
+        (function / "vendor").write_text("0x10de\n")
+    return GpuAttester(driver, pci)
+
+
 def test_devices_come_in_pci_order_whatever_order_the_driver_lists(folder: Path) -> None:
     tee = DevTee.load(folder)
-    evidence = GpuAttester(Driver(tee, (0x30, 0x10, 0x20))).collect(NONCE)
+    evidence = attester(Driver(tee, (0x30, 0x10, 0x20)), folder).collect(NONCE)
     leaves = [tee.pki[f"device-ak-{i}"].der for i in (1, 2, 0)]
     assert [d.chain[0] for d in evidence.devices] == leaves
     assert all(len(d.chain) == 4 and tee.roots.nvidia_device not in d.chain for d in evidence.devices)
@@ -227,7 +240,7 @@ def test_word_of_the_driver_that_is_not_plainly_good_counts_as_bad(
     folder: Path, name: str, value: int, field: str, seen: bool
 ) -> None:
     changes: dict[str, Any] = {name: value}
-    state = GpuAttester(Driver(DevTee.load(folder), **changes)).state()
+    state = attester(Driver(DevTee.load(folder), **changes), folder).state()
     assert getattr(state, field) is seen
 
 
@@ -258,23 +271,46 @@ def _first(count: int) -> Callable[[bytes], bytes]:
 )
 def test_answer_that_cannot_be_is_an_error(folder: Path, changes: dict[str, Any], code: str) -> None:
     with pytest.raises(AttesterError) as refused:
-        GpuAttester(Driver(DevTee.load(folder), **changes)).collect(NONCE)
+        attester(Driver(DevTee.load(folder), **changes), folder).collect(NONCE)
     assert refused.value.code == code
 
 
 def test_one_lost_gpu_of_three_gives_no_evidence_of_two(folder: Path) -> None:
     with pytest.raises(AttesterError):
-        GpuAttester(Driver(DevTee.load(folder), (0x10, 0x20, 0x30), lost=1)).collect(NONCE)
+        attester(Driver(DevTee.load(folder), (0x10, 0x20, 0x30), lost=1), folder).collect(NONCE)
+
+
+@pytest.mark.parametrize("lie", ["gpu.unlisted=1", "gpu.foreign_display=true"])
+def test_display_device_that_the_driver_does_not_count_is_refused(folder: Path, lie: str) -> None:
+    with running_machine(folder, "--set", lie):
+        for script in (COLLECT, STATE):
+            code, _, hint = run(folder, script)
+            assert code == "ATTESTER_GPU_PCI" and "display device" in hint
+
+
+@pytest.mark.parametrize("seen", [(0x10,), (0x10, 0x30), (0x10, 0x20, 0x30)])
+def test_driver_and_bus_must_show_the_same_gpus(folder: Path, seen: tuple[int, ...]) -> None:
+    driver = Driver(DevTee.load(folder), (0x10, 0x20))
+    assert attester(driver, folder).state().count == 2
+    with pytest.raises(AttesterError) as refused:
+        attester(driver, folder, seen=seen).state()
+    assert refused.value.code == "ATTESTER_GPU_PCI"
+
+
+def test_machine_without_a_list_of_its_bus_gives_no_evidence(folder: Path) -> None:
+    with pytest.raises(AttesterError) as refused:
+        GpuAttester(Driver(DevTee.load(folder)), folder / "nowhere").collect(NONCE)
+    assert refused.value.code == "ATTESTER_GPU_PCI" and "sysfs" in refused.value.hint
 
 
 @pytest.mark.parametrize("size", [0, 31, 33, 64])
 def test_only_a_nonce_of_32_bytes_reaches_a_gpu(folder: Path, size: int) -> None:
     with pytest.raises(AttesterError) as refused:
-        GpuAttester(Driver(DevTee.load(folder))).collect(bytes(size))
+        attester(Driver(DevTee.load(folder)), folder).collect(bytes(size))
     assert refused.value.code == "ATTESTER_GPU_NONCE"
 
 
 def test_ready_state_that_did_not_change_is_an_error(folder: Path) -> None:
     with pytest.raises(AttesterError) as refused:
-        GpuAttester(Driver(DevTee.load(folder))).set_ready(True)
+        attester(Driver(DevTee.load(folder)), folder).set_ready(True)
     assert refused.value.code == "ATTESTER_GPU_READY"
