@@ -66,4 +66,4 @@ lock: setup ## refresh the locks from their .in files, showing what changed
 	$(PY) images/locks/lock.py images/locks/clients-py311.in
 
 clean: ## what the targets made, .venv included
-	rm -rf .venv .venv-nvidia .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-nvidia .venv-peers .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
