@@ -24,7 +24,7 @@ def sources() -> dict[str, str]:
 
 def rows() -> list[tuple[str, ...]]:
     """Attack, defence, code, test of each row."""
-    section = PAGE.read_text(encoding="utf-8").split("\n## Attacks on the channel\n")[1]
+    section = PAGE.read_text(encoding="utf-8").split("\n## Attacks on the channel\n")[1].split("\n## ")[0]
     lines = [line for line in section.split("\n") if line.startswith("| ")]
     cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
     assert cells[0] == ("attack", "defence", "code", "test")
