@@ -46,7 +46,7 @@ def test_genuine_enclave_is_accepted_and_the_verdict_says_on_what_it_rests(send:
         assert server.requests == [PROVE, "POST /v1/x"]
         result = session.last_result
         assert result is not None and result.accepted and result.development
-        assert result.claims["channel"] == {"binding": "exporter", "merkle_path": 0}
+        assert result.claims["channel"] == {"binding": "exporter", "group": "X25519MLKEM768", "merkle_path": 0}
         assert result.claims["names"] == [NAME]
 
 
