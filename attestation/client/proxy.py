@@ -68,9 +68,13 @@ class Guard:
     token: bytes | None = None
     named: bool = True
 
-    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """Raises `_Stop` 401 or 403."""
+    def check(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """Raises `_Stop` 400, 401 or 403."""
         found = dict(headers)
+        if sum(k in (b"host", b"origin", TOKEN_HEADER) for k, _ in headers) > len(
+            found.keys() & {b"host", b"origin", TOKEN_HEADER}
+        ):
+            raise _Stop(400, "proxy_headers", "Host, Origin and the token may stand once.")
         if self.token is not None:
             if not hmac.compare_digest(found.get(TOKEN_HEADER, b""), self.token):
                 raise _Stop(401, "proxy_token", "This proxy asks for its token in the header X-Vouchsafe-Token.")

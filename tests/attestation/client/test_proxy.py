@@ -313,6 +313,14 @@ async def test_pages_of_elsewhere_get_nothing(
     assert not server.connections
 
 
+async def test_host_and_origin_stand_once(server: Server, story: Genuine) -> None:
+    async with local(server, story) as made:
+        for name, first, second in ((b"host", b"evil.test", b"localhost"), (b"origin", b"null", b"http://localhost")):
+            told = await made.ask("GET", "/v1/models", b"", headers=(*HEADERS, (name, first), (name, second)))
+            assert (told.status, told.error) == (400, "proxy_headers")
+    assert not server.connections
+
+
 async def test_token_is_asked_for_beyond_loopback_and_stays_here(server: Server, story: Genuine) -> None:
     token = b"t" * 32
     async with local(server, story, guard=Guard(token)) as made:
