@@ -224,7 +224,11 @@ class Relay:
     def run(self) -> None:
         try:
             while not self._finished():
-                for fd, events in self._epoll.poll(self._patience(), _EVENTS):
+                ready = self._epoll.poll(self._patience(), _EVENTS)
+                self.now = (
+                    time.monotonic()
+                )  # the sleep may have been long: no deadline of a newcomer counts from before
+                for fd, events in ready:
                     if leg := self._legs.get(fd):
                         leg.handler(events)
                     elif fd == self._wake_r:

@@ -218,6 +218,21 @@ def test_half_a_hello_is_closed_at_the_deadline_even_when_it_drips(tmp_path: Pat
         wait_until(lambda: relay.descriptors() == before)
 
 
+def test_first_client_after_a_long_silence_has_the_whole_hello_time(tmp_path: Path) -> None:
+    with (
+        Backend(LOOPBACK) as backend,
+        RelayProcess(tmp_path, "--default", backend.address, "--hello-timeout", "0.4") as relay,
+    ):
+        for _ in range(2):
+            time.sleep(1)  # nobody is connected: the relay sleeps without a deadline, longer than a hello may take
+            with relay.connect() as client:
+                time.sleep(0.05)  # a network's round trip between accept and hello
+                client.sendall(hello("demo.vouchsafe.test"))
+                backend.accept().close()
+                assert ended(client) in ("eof", "reset")
+        assert "hello-timeout" not in relay.reasons
+
+
 def test_waiting_for_half_a_hello_costs_no_processor_time(tmp_path: Path) -> None:
     with (
         Backend(LOOPBACK) as backend,
