@@ -225,9 +225,7 @@ class Relay:
         try:
             while not self._finished():
                 ready = self._epoll.poll(self._patience(), _EVENTS)
-                self.now = (
-                    time.monotonic()
-                )  # the sleep may have been long: no deadline of a newcomer counts from before
+                self.now = time.monotonic()  # after a long sleep: a newcomer's deadlines count from here
                 for fd, events in ready:
                     if leg := self._legs.get(fd):
                         leg.handler(events)
