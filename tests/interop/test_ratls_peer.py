@@ -1,16 +1,16 @@
 """Our TDX-only certificate read by another RA-TLS implementation: the Trusted Network Gateway (TNG, `tng-sdk` on PyPI).
 
 TNG carries its evidence where the CCC's interoperable RA-TLS has it: extension 2.23.133.5.4.9, a CBOR tag over
-[evidence, claims]. Its verifier, in Rust with rustls, (1) finishes TLS 1.3, (2) checks that the certificate is signed by its own
-key, (3) finds the extension, (4) decodes tag and pair, and (5) hands the evidence to the verifier of that tag. Of tags
-it has two of its own (0xC0C000, 0x17A000) and none for a bare Intel quote, 60000: so it reads our certificate through
-step (4) and then says that it has no verifier for tag 0xea60. That sentence is what the test asks for; the other cases
-show that each earlier step is really taken, because breaking it gives another sentence.
+[evidence, claims]. Its verifier, in Rust with rustls, (1) finishes TLS 1.3, (2) checks that the certificate is signed
+by its own key, (3) finds the extension, (4) decodes tag and pair, and (5) hands the evidence to the verifier of that
+tag. Of tags it has two of its own (0xC0C000, 0x17A000) and none for a bare Intel quote, 60000: so it reads our
+certificate through step (4) and then says that it has no verifier for tag 0xea60. That sentence is what the test asks
+for; the other cases show that each earlier step is really taken, because breaking it gives another sentence.
 
-What else was looked for, among packages of PyPI, npm and Debian: `gramine-ratls` (PyPI) needs Gramine's native
-library, which Debian does not have, and reads SGX only; `intel-sgx-ra` reads the legacy extension 1.2.840.113741.1337.6
-with SGX quotes; `dstack-sdk`, `@phala/dstack-sdk` and `secretvm-verify` verify JSON reports, not certificates;
-`@tinfoilsh/verifier` verifies SEV-SNP documents; `confido-atls` has no installable release; librats, rats-rs and
+What else was looked for, among the packages of PyPI, npm and Debian: `gramine-ratls` needs Gramine's native library,
+which Debian does not have; `intel-sgx-ra` reads extension 1.2.840.113741.1337.6 with SGX quotes; `dstack-sdk`,
+`@phala/dstack-sdk`, `secretvm-verify`, `dk-tee-attestation` and `cvm-attest` read quotes and reports but no certificate
+extension; `@tinfoilsh/verifier` reads SEV-SNP documents; `confido-atls` could not be installed; librats, rats-rs and
 attested-tls are in none of the three.
 """
 
