@@ -354,10 +354,11 @@ class Issuer:
             return False  # half written, or damaged: the renewal at half life will say so
 
     async def _settle(self, successor: Identity) -> None:
-        """Wait a moment before the swap: a client whose clock is a little behind would refuse a leaf so young."""
+        """Wait a moment before the swap, while the old leaf serves: a client whose clock is a little behind would
+        refuse one so young."""
         pause = min(30, self._settings.lifetime // 8)
-        until = successor.not_before + pause
-        while (now := self._clock.now()) < until and now < self.current.not_after - pause:  # noqa: ASYNC110 - a clock
+        until = min(successor.not_before + pause, self.current.not_after - pause)
+        while self.valid and self._clock.now() < until:  # noqa: ASYNC110 - a clock
             await asyncio.sleep(self._poll)
 
     def _state(self, state: GpuState) -> GpuStateClaim:

@@ -67,14 +67,14 @@ class Surroundings:
 
 
 @contextlib.contextmanager
-def surroundings(folder: Path, *, lifetime: int = 3600) -> Iterator[Surroundings]:
-    """A machine without a GPU, in this process."""
+def surroundings(folder: Path, *, lifetime: int = 3600, gpus: int = 0) -> Iterator[Surroundings]:
+    """A machine in this process, without a GPU or with one; who answers for it is the test's to say."""
     state = folder / "tee"
     tee = DevTee.create(state, gpus=1)
     with Machine(state, tee):
         made = provision(
             folder / "made", state, model_directory(folder / "model"), None, "parrot",
-            f"unix:{folder / 'sock' / 'e.sock'}", NAME, gpus=0, lifetime=lifetime,
+            f"unix:{folder / 'sock' / 'e.sock'}", NAME, gpus=gpus, lifetime=lifetime,
         )  # fmt: skip
         policy = Policy.parse(made.appraisal.read_text())
         yield Surroundings(made, Settings.load(made.config), policy, DirectTdx(tee, state), state)

@@ -2,20 +2,18 @@
 
 A program that uses the stand-in is started with its folder on the loader's path, so the attester runs in a process of
 its own here. What no driver of the development TEE does (impossible sizes, reports over another nonce, devices
-out of order) is played by an object with pynvml's functions.
+out of order) is played by an object with pynvml's functions (`driver.py`).
 """
 
 from __future__ import annotations
 
 import base64
-import ctypes
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pynvml  # type: ignore[import-untyped]  # ships no types
@@ -26,7 +24,7 @@ from attestation.attester.gpu import GpuAttester
 from attestation.gpu import GpuEndorsements, appraise, decode
 from attestation.policy import platform_policy
 from attestation.result import Checks
-from tests.devtee.gpu import GpuForm
+from tests.attestation.attester.driver import Driver, attester
 from tests.devtee.running import REPOSITORY, running_machine
 from tests.devtee.tee import DevTee
 
@@ -147,77 +145,6 @@ def test_missing_package_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch
     assert refused.value.code == "ATTESTER_NVML_MISSING" and "vouchsafe[enclave]" in refused.value.hint
 
 
-class Driver:
-    """pynvml's functions as a driver would answer them, one GPU per entry of *buses*, with one part that is changed."""
-
-    NVMLError = pynvml.NVMLError
-    c_nvmlSystemConfComputeSettings_v1_t = pynvml.c_nvmlSystemConfComputeSettings_v1_t
-
-    def __init__(self, tee: DevTee, buses: tuple[int, ...] = (0x10,), **changes: Any) -> None:
-        self._tee, self.buses, self._changes = tee, buses, changes
-        self.ready = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return self._changes[name]
-
-    def nvmlInit(self) -> None: ...
-
-    def nvmlShutdown(self) -> None: ...
-
-    def _nvmlCheckReturn(self, status: int) -> int:
-        if status:
-            raise pynvml.NVMLError(status)
-        return status
-
-    def nvmlSystemGetConfComputeSettings(self, pointer: Any) -> int:
-        told = {"environment": 2, "ccFeature": 1, "devToolsMode": 0, "multiGpuMode": 0} | self._changes
-        for name in ("environment", "ccFeature", "devToolsMode", "multiGpuMode"):
-            setattr(pointer._obj, name, told[name])
-        return int(self._changes.get("settings", 0))
-
-    def nvmlDeviceGetCount(self) -> int:
-        return int(self._changes.get("count", len(self.buses)))
-
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
-        if index == self._changes.get("lost"):
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
-        return index
-
-    def nvmlDeviceGetPciInfo(self, handle: int) -> Any:
-        return SimpleNamespace(domain=0, bus=self.buses[handle], device=0)
-
-    def nvmlDeviceGetConfComputeGpuAttestationReport(self, handle: int, nonce: bytes) -> Any:
-        report = self._tee.gpu_report(self._changes.get("nonce", nonce), handle, GpuForm())[0]
-        answer = pynvml.c_nvmlConfComputeGpuAttestationReport_t()
-        ctypes.memmove(answer.attestationReport, report, len(report))
-        answer.attestationReportSize = self._changes.get("report_size", len(report))
-        return answer
-
-    def nvmlDeviceGetConfComputeGpuCertificate(self, handle: int) -> Any:
-        pem = self._changes.get("pem", lambda pem: pem)(self._tee.pki.device_chain(handle))
-        answer = pynvml.c_nvmlConfComputeGpuCertificate_t()
-        ctypes.memmove(answer.attestationCertChain, pem, len(pem))
-        answer.attestationCertChainSize = self._changes.get("pem_size", len(pem))
-        return answer
-
-    def nvmlSystemSetConfComputeGpusReadyState(self, state: int) -> None: ...
-
-    def nvmlSystemGetConfComputeGpusReadyState(self) -> int:
-        return self.ready
-
-
-def attester(driver: Driver, folder: Path, *, seen: tuple[int, ...] | None = None) -> GpuAttester:
-    """*driver* on a machine whose bus shows its GPUs, or the ones on the buses *seen*."""
-    buses = driver.buses if seen is None else seen
-    pci = folder / ("pci-" + "-".join(map(str, buses)))
-    for bus in buses:
-        function = pci / f"0000:{bus:02x}:00.0"
-        function.mkdir(parents=True, exist_ok=True)
-        (function / "class").write_text("0x030200\n")
-        (function / "vendor").write_text("0x10de\n")
-    return GpuAttester(driver, pci)
-
-
 def test_devices_come_in_pci_order_whatever_order_the_driver_lists(folder: Path) -> None:
     tee = DevTee.load(folder)
     evidence = attester(Driver(tee, (0x30, 0x10, 0x20)), folder).collect(NONCE)
@@ -312,5 +239,5 @@ def test_only_a_nonce_of_32_bytes_reaches_a_gpu(folder: Path, size: int) -> None
 
 def test_ready_state_that_did_not_change_is_an_error(folder: Path) -> None:
     with pytest.raises(AttesterError) as refused:
-        attester(Driver(DevTee.load(folder)), folder).set_ready(True)
+        attester(Driver(DevTee.load(folder), ready_stuck=True), folder).set_ready(True)
     assert refused.value.code == "ATTESTER_GPU_READY"
