@@ -40,7 +40,7 @@ __all__ = [
 MAX_POLICY: Final = 256 * 1024
 MAX_URL: Final = 2000
 _LABEL: Final = "[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
-_URL: Final = re.compile(rf"https://{_LABEL}(\.{_LABEL})*(:(?P<port>[1-9][0-9]{{0,4}}))?/[A-Za-z0-9._~/?&=%+,;:@-]*", re.ASCII)
+_URL: Final = re.compile(rf"https://{_LABEL}(\.{_LABEL})*(:(?P<port>[1-9][0-9]{{0,4}}))?/[A-Za-z0-9._~/?&=%+,;:@-]*")
 GPU_STAGES: Final = (
     "parse",
     "nonce",

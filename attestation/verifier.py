@@ -246,6 +246,8 @@ def _wanted(policy: Policy, name: str | None, seen: Seen) -> set[str]:
         wanted |= {*_DEPLOYMENT} | (set() if seen.serials is None else {"deployment.serial-seen"})
         if not isinstance(policy.deployment.status_list, Skip):
             wanted |= {*_STATUS} | (set() if seen.serials is None else {"status.serial-seen"})
+            if seen.at_url is not None and seen.at_url.serial is not None:
+                wanted |= set() if isinstance(policy.deployment.status_url, Skip) else {"status.url"}
     if not isinstance(policy.gpu, Skip):
         wanted |= {*_GPU}
     return wanted

@@ -397,7 +397,7 @@ class Genuine:
         members = {f.name for f in dataclasses.fields(Evidence)}
         evidence = dataclasses.replace(self.evidence, **{k: v for k, v in changes.items() if k in members})
         given: dict[str, Any] = {"now": self.now, "name": self.name}
-        given |= {k: v for k, v in changes.items() if k in ("now", "name", "crl_floor")}
+        given |= {k: v for k, v in changes.items() if k in ("now", "name", "crl_floor", "serial_floor", "at_url")}
         return verify(
             evidence, changes.get("endorsements", self.endorsements), changes.get("policy", self.policy), **given
         )

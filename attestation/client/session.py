@@ -21,7 +21,7 @@ from typing import Final
 from attestation.bundle import Bundle
 from attestation.channel import ChannelProof
 from attestation.client.fetch import dial, fetch_evidence
-from attestation.client.floor import CrlFloor, SerialFloors
+from attestation.client.floor import CrlFloor, SerialFloors, replace_file
 from attestation.client.handshake import Appraisal, Handshake, NotAttested
 from attestation.client.status import Fetch, StatusLists, fetch_status
 from attestation.client.target import Target
@@ -106,8 +106,8 @@ class AttestedSession:
     def prepare(self) -> None:
         """Make sure that there is evidence to judge a handshake with; blocks while it is fetched, from disk or network.
 
-        Asks the policy's status URL too, when its last list has ended. Call it (in a thread) before the first connection
-        of an event loop. Raises `TransportError`, `FormatError`."""
+        Asks the policy's status URL too, when its last list has ended. Call it (in a thread) before the first
+        connection of an event loop. Raises `TransportError`, `FormatError`."""
         with self._fetching:
             self._gather()
             self._lists.refresh(int(self._clock()))
@@ -181,7 +181,7 @@ class AttestedSession:
                         expected=digest,
                         actual=hashlib.sha256(bundle.evidence.leaf).digest(),
                     )
-                first = self._verify(bundle, now)
+                bundle, first = self._verify(bundle, now)
             if not first.accepted:
                 self._refuse(first)
             known = self._remember(digest, bundle, first)
@@ -218,7 +218,7 @@ class AttestedSession:
             raise RefusedError("EVIDENCE_NONE", "there is no evidence to judge this certificate with")
         if own is None:
             bundle = Bundle(replace(bundle.evidence, leaf=leaf), bundle.endorsements)
-        return bundle, self._verify(bundle, now)
+        return self._verify(bundle, now)
 
     def _overtaken(self, result: AttestationResult) -> bool:
         """Whether a newer statement or status list was seen since: it may take back what *result* rests on."""
@@ -228,9 +228,11 @@ class AttestedSession:
             status is not None and status < max(floor.status or 0, self._lists.serial)
         )
 
-    def _verify(self, bundle: Bundle, now: int) -> AttestationResult:
-        return verify(
-            self._lists.newest(bundle.evidence),
+    def _verify(self, bundle: Bundle, now: int) -> tuple[Bundle, AttestationResult]:
+        """The verdict on *bundle* with the newest status list at hand in it, and that bundle."""
+        bundle = replace(bundle, evidence=self._lists.newest(bundle.evidence))
+        return bundle, verify(
+            bundle.evidence,
             bundle.endorsements,
             self.policy,
             now=now,
@@ -265,22 +267,13 @@ class AttestedSession:
             self._known[digest] = known
             _trim(self._known)
         if self._cache is not None:
-            _save(self._cache, bundle.encode())
+            replace_file(self._cache, bundle.encode())
         return known
 
 
 def _trim(kept: dict[bytes, Bundle] | dict[bytes, _Known]) -> None:
     while len(kept) > MAX_KEPT:
         del kept[next(iter(kept))]
-
-
-def _save(path: Path, raw: bytes) -> None:
-    """Replace in one step. A cache that cannot be written is no reason to refuse a service."""
-    beside = path.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        beside.write_bytes(raw)
-        beside.replace(path)
 
 
 def _connectable(policy: Policy, explore: bool) -> Policy:

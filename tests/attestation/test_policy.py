@@ -67,7 +67,7 @@ FIELDS = [
                            "td-attributes", "xfam", "mrseam", "mrconfigid", "mrowner", "mrownerconfig", "platforms")),
     "gpu", *(f"gpu.{k}" for k in ("count", "switches", "mode", "drivers", "vbios", "hwmodels", "require")),
     "release", "release.signers", "release.threshold", "deployment",
-    *(f"deployment.{k}" for k in ("operators", "threshold", "min-serial", "role", "status-list")),
+    *(f"deployment.{k}" for k in ("operators", "threshold", "min-serial", "role", "status-list", "status-url")),
     "channel", "channel.proof", "channel.fresh-gpu",
 ]  # fmt: skip
 
@@ -134,6 +134,14 @@ HEX48, HEX32, HEX16 = "0a" * 48, "0a" * 32, "0a" * 16
         ("deployment.threshold", True), ("deployment.min-serial", -1), ("deployment.min-serial", False),
         ("deployment.role", "any"), ("deployment.role", ["both"]), ("deployment.role", "*"),
         ("deployment.status-list", "optional"), ("deployment.status-list", False), ("channel.proof", "none"),
+        ("deployment.status-url", ""), ("deployment.status-url", "http://status.test/list"),
+        ("deployment.status-url", "https://status.test"), ("deployment.status-url", "https://user@status.test/list"),
+        ("deployment.status-url", "https://u:p@status.test/list"), ("deployment.status-url", "https://status.test/l#x"),
+        ("deployment.status-url", "https://Status.test/list"), ("deployment.status-url", "https://*.test/list"),
+        ("deployment.status-url", "https://status.test:65536/list"), ("deployment.status-url", "https://status.test:0/"),
+        ("deployment.status-url", "https://status.test/a b"), ("deployment.status-url", "https://s.test/a\r\nX: y"),
+        ("deployment.status-url", "https://status.test/" + "a" * 2000), ("deployment.status-url", ["https://s.test/"]),
+        ("deployment.status-url", "file:///list"), ("deployment.status-url", "https:///list"),
         ("channel.proof", False), ("channel.proof", ""), ("channel.fresh-gpu", 0), ("channel.fresh-gpu", "false"),
     ],
 )  # fmt: skip
@@ -151,8 +159,12 @@ def test_a_permissive_or_malformed_value_is_refused(field: str, value: Any) -> N
     ],
 )  # fmt: skip
 @pytest.mark.parametrize(
-    "field", ["tdx.mrseam", "gpu", "gpu.count", "deployment", "deployment.status-list", "channel.proof"]
-)
+    "field",
+    [
+        "tdx.mrseam", "gpu", "gpu.count", "deployment", "deployment.status-list", "deployment.status-url",
+        "channel.proof",
+    ],
+)  # fmt: skip
 def test_a_check_is_left_out_only_with_a_reason(field: str, value: Any) -> None:
     text = policy_text(TEE, {field: "HERE"}).replace('"HERE"', _inline(value))
     refuse(text)
@@ -171,7 +183,7 @@ def _inline(value: dict[str, Any]) -> str:
     "field",
     [
         "tdx.tcb-status", "tdx.mrseam", "gpu", "gpu.drivers", "release", "deployment", "deployment.status-list",
-        "channel.proof",
+        "deployment.status-url", "channel.proof",
     ],
 )  # fmt: skip
 def test_a_reason_is_kept_and_printed(field: str) -> None:
@@ -236,6 +248,20 @@ def test_a_production_policy_asks_every_gpu_stage() -> None:
 def test_a_wish_that_nobody_would_ask_is_refused(changes: dict[str, Any]) -> None:
     """Fresh GPU evidence comes with a channel proof, of a GPU: without either, the field reads like a check."""
     assert wrong("channel.fresh-gpu", True, **changes).code == "POLICY_VALUE"
+
+
+@pytest.mark.parametrize(
+    "url", ["https://status.test/", "https://status.test:8443/v1/list.json?of=a-b", "https://127.0.0.1:65535/list"]
+)
+def test_a_status_url_is_kept_as_it_stands(url: str) -> None:
+    policy = read(**{"deployment.status-url": url})
+    assert not isinstance(policy.deployment, Skip)
+    assert policy.deployment.status_url == url
+
+
+def test_a_status_url_without_a_list_that_is_asked_for_is_refused() -> None:
+    error = wrong("deployment.status-url", "https://status.test/list", **{"deployment.status-list": any_reason()})
+    assert error.code == "POLICY_VALUE" and "status-url" in error.reason
 
 
 @pytest.mark.parametrize(

@@ -242,6 +242,9 @@ def test_results_name_the_skip_reason_for_fields_of_a_policy(monkeypatch: pytest
     assert skipped == {
         "tdx.crl-number": "no CRL numbers seen earlier were given",
         "gpu.hwmodel": "the manifest's RIMs name the chip",
+        "deployment.serial-seen": "no serials seen earlier were given",
+        "status.serial-seen": "no serials seen earlier were given",
+        "status.url": "the evidence's list is all there is",
     }
     assert isinstance(genuine(policy={"gpu": any_reason()}).policy.gpu, Skip)
 
