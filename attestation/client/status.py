@@ -144,11 +144,11 @@ def fetch_status(url: str, *, context: ssl.SSLContext | None = None, seconds: fl
     at most 128 KiB, *seconds* in all once the name is resolved. Raises `TransportError`, `FormatError`.
 
     context   instead of the machine's trust store: for an operator with an authority of his own"""
-    parts = urlsplit(url)
-    host, port = parts.hostname or "", parts.port or 443
-    path = parts.path + (f"?{parts.query}" if parts.query else "")
     deadline = time.monotonic() + seconds
     try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or 443
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
         with contextlib.closing(_dial(host, port, deadline)) as raw:
             verifying = context or ssl.create_default_context()
             with verifying.wrap_socket(raw, server_hostname=host) as tls:
