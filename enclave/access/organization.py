@@ -1,0 +1,430 @@
+"""One organisation: projects, service accounts and keys, held in memory and changed by events alone.
+
+A command checks, makes an event, has it appended (durable when that returns), and only then takes effect; commands run
+one after the other. Replay applies the same events through the same code. Reading takes no lock and no I/O: a request
+finds its key by one look-up of a keyed hash.
+
+Whoever holds an open stream can watch its key: `watch` gives a future that is done when the key stops to open.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal, TypeVar
+
+from attestation.errors import VouchsafeError
+from enclave.access.events import GENESIS, Event, EventError
+from enclave.access.records import (
+    DEFAULT_SCOPES,
+    SCOPES,
+    AdminKey,
+    ApiKey,
+    ModelLimit,
+    ModelPermissions,
+    Project,
+    Role,
+    Secret,
+    ServiceAccount,
+)
+from enclave.access.secrets import Made, Pepper, kind_of
+
+__all__ = ["AccessError", "Caller", "Organization"]
+
+MAX_PROJECTS: Final = 1000
+MAX_ACCOUNTS: Final = 1000
+MAX_KEYS: Final = 10_000
+MAX_NAME: Final = 128
+MAX_GRACE: Final = 7 * 86400
+BOOTSTRAP: Final = "bootstrap"
+
+T = TypeVar("T")
+Append = Callable[[bytes], Awaitable[None]]
+
+
+class AccessError(VouchsafeError):
+    """A command that cannot be carried out. `ACCESS_NOT_FOUND`, `ACCESS_INVALID`, `ACCESS_TOO_MANY`, `ACCESS_STATE`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, found by a key that opens now. Holding one proves nothing about a moment later: see `watch`."""
+
+    key: ApiKey
+    project: Project
+
+    def may(self, scope: str) -> bool:
+        return scope in self.key.scopes
+
+    def may_use(self, model: str) -> bool:
+        """Whether the project's permissions let it ask *model*."""
+        return self.project.permissions is None or self.project.permissions.allow(model)
+
+
+class Organization:
+    """See the module. *append* stores one event durably; *clock* gives unix seconds."""
+
+    def __init__(self, pepper: Pepper, append: Append, clock: Callable[[], int]) -> None:
+        self._pepper, self._append, self._clock = pepper, append, clock
+        self._lock = asyncio.Lock()
+        self._events: list[Event] = []
+        self._head = GENESIS
+        self.projects: dict[str, Project] = {}
+        self.accounts: dict[str, ServiceAccount] = {}
+        self.keys: dict[str, ApiKey] = {}
+        self.admin_keys: dict[str, AdminKey] = {}
+        self._by_digest: dict[bytes, str] = {}
+        self._admin_by_digest: dict[bytes, str] = {}
+        self._watchers: dict[str, set[asyncio.Future[None]]] = {}
+
+    # reading
+
+    @property
+    def bootstrapped(self) -> bool:
+        """Whether there ever was an admin key."""
+        return bool(self._events)
+
+    @property
+    def events(self) -> Sequence[Event]:
+        """The audit log, oldest first."""
+        return self._events
+
+    def caller(self, token: bytes) -> Caller | None:
+        """Who *token* (an inference key's value) belongs to; None for an unknown, expired or revoked one."""
+        if kind_of(token) != "inference":
+            return None
+        digest = self._pepper.digest(token)
+        key = self.keys.get(self._by_digest.get(digest, ""))
+        if key is None or not key.open_at(self._clock(), digest):
+            return None
+        project = self.projects[key.project_id]
+        return Caller(key, project) if project.active else None
+
+    def admin(self, token: bytes) -> AdminKey | None:
+        """The admin key with this value, None for an unknown or expired one."""
+        if kind_of(token) != "admin":
+            return None
+        key = self.admin_keys.get(self._admin_by_digest.get(self._pepper.digest(token), ""))
+        now = self._clock()
+        return None if key is None or (key.expires_at is not None and now >= key.expires_at) else key
+
+    def watch(self, key_id: str) -> asyncio.Future[None]:
+        """Done as soon as the key is revoked, deleted or its project archived. Forget it with `unwatch`."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        key = self.keys.get(key_id)
+        if key is None or key.revoked_at is not None or not self.projects[key.project_id].active:
+            future.set_result(None)
+        else:
+            self._watchers.setdefault(key_id, set()).add(future)
+        return future
+
+    def unwatch(self, key_id: str, future: asyncio.Future[None]) -> None:
+        waiting = self._watchers.get(key_id)
+        if waiting is not None:
+            waiting.discard(future)
+            if not waiting:
+                del self._watchers[key_id]
+
+    # commands
+
+    async def bootstrap(self) -> tuple[AdminKey, Made]:
+        """The first admin key. Raises `AccessError` when there ever was one: that it works once is kept in the log."""
+        async with self._lock:
+            if self.bootstrapped:
+                raise AccessError("ACCESS_STATE", "the organisation has been set up already")
+            return await self._new_admin_key(BOOTSTRAP, "first admin key", None)
+
+    async def create_admin_key(self, actor: str, name: str, seconds: int | None = None) -> tuple[AdminKey, Made]:
+        async with self._lock:
+            _number("expires_in_seconds", seconds, 1, 31_536_000)
+            _room(self.admin_keys, MAX_KEYS, "admin keys")
+            return await self._new_admin_key(actor, _name(name), None if seconds is None else self._clock() + seconds)
+
+    async def delete_admin_key(self, actor: str, id: str) -> None:
+        """The last one cannot be deleted: nobody could ever administer the organisation again."""
+        async with self._lock:
+            _find(self.admin_keys, id, "admin key")
+            now = self._clock()
+            left = [k for k in self.admin_keys.values() if k.id != id and (k.expires_at is None or k.expires_at > now)]
+            if not left:
+                raise AccessError("ACCESS_STATE", "this is the last admin key", hint="create another one first")
+            await self._do("api_key.deleted", actor, id, "", {"kind": "admin"})
+
+    async def create_project(self, actor: str, name: str) -> Project:
+        async with self._lock:
+            _room(self.projects, MAX_PROJECTS, "projects")
+            id = _new_id("proj")
+            await self._do("project.created", actor, id, id, {"name": _name(name)})
+            return self.projects[id]
+
+    async def update_project(self, actor: str, id: str, **changes: Any) -> Project:  # Any: as named below
+        """*changes*: name, permissions (ModelPermissions or None), spend_limit_cents (int or None)."""
+        async with self._lock:
+            self._active_project(id)
+            data: dict[str, Any] = {}  # Any: JSON values
+            if "name" in changes:
+                data["name"] = _name(changes["name"])
+            if "permissions" in changes:
+                data["permissions"] = _told_permissions(changes["permissions"])
+            if "spend_limit_cents" in changes:
+                _number("threshold_amount", changes["spend_limit_cents"], 0, 10**12)
+                data["spend_limit_cents"] = changes["spend_limit_cents"]
+            if not data or changes.keys() - data.keys():
+                raise AccessError("ACCESS_INVALID", "nothing to change, or nothing that can be changed")
+            await self._do("project.updated", actor, id, id, data)
+            return self.projects[id]
+
+    async def archive_project(self, actor: str, id: str) -> Project:
+        """For good: its keys stop to open at once."""
+        async with self._lock:
+            self._active_project(id)
+            await self._do("project.archived", actor, id, id, {})
+            return self.projects[id]
+
+    async def set_limit(self, actor: str, project_id: str, model: str, limit: ModelLimit | None) -> None:
+        """Limits of *model* in a project; None removes them."""
+        async with self._lock:
+            self._active_project(project_id)
+            if limit is None:
+                await self._do("rate_limit.deleted", actor, model, project_id, {})
+                return
+            data = {name: getattr(limit, name) for name in ModelLimit.__slots__}
+            for name, value in data.items():
+                _number(name, value, 0, 2**53 - 1)
+            await self._do("rate_limit.updated", actor, model, project_id, data)
+
+    async def create_account(self, actor: str, project_id: str, name: str, role: Role = "member") -> ServiceAccount:
+        async with self._lock:
+            self._active_project(project_id)
+            _room([a for a in self.accounts.values() if a.project_id == project_id], MAX_ACCOUNTS, "service accounts")
+            id = _new_id("svc_acct")
+            data = {"name": _name(name), "role": _role(role)}
+            await self._do("service_account.created", actor, id, project_id, data)
+            return self.accounts[id]
+
+    async def delete_account(self, actor: str, id: str) -> None:
+        """Its keys stop to open at once."""
+        async with self._lock:
+            account = _find(self.accounts, id, "service account")
+            await self._do("service_account.deleted", actor, id, account.project_id, {})
+
+    async def create_key(
+        self, actor: str, account_id: str, name: str, *, scopes: Iterable[str] | None = None, seconds: int | None = None
+    ) -> tuple[ApiKey, Made]:
+        """A new inference key; its value is in the second part and nowhere else."""
+        async with self._lock:
+            account = _find(self.accounts, account_id, "service account")
+            self._active_project(account.project_id)
+            _room(self.keys, MAX_KEYS, "keys")
+            _number("expires_in_seconds", seconds, 1, 31_536_000)
+            wanted = DEFAULT_SCOPES if scopes is None else frozenset(scopes)
+            if not wanted or not wanted <= SCOPES:
+                raise AccessError("ACCESS_INVALID", "scopes", expected=sorted(SCOPES), actual=sorted(wanted))
+            id, made = _new_id("key"), self._pepper.make("inference")
+            data = {
+                "kind": "inference", "owner": account_id, "name": _name(name), "scopes": sorted(wanted),
+                "digest": made.digest.hex(), "redacted": made.redacted,
+                "expires_at": None if seconds is None else self._clock() + seconds,
+            }  # fmt: skip
+            await self._do("api_key.created", actor, id, account.project_id, data)
+            return self.keys[id], made
+
+    async def rotate_key(self, actor: str, id: str, grace: int) -> tuple[ApiKey, Made]:
+        """A new value for the same key. The old one opens it for *grace* seconds more; one before that no longer."""
+        async with self._lock:
+            key = self._live_key(id)
+            _number("grace_seconds", grace, 0, MAX_GRACE)
+            made = self._pepper.make("inference")
+            data = {"digest": made.digest.hex(), "redacted": made.redacted, "until": self._clock() + grace}
+            await self._do("api_key.updated", actor, id, key.project_id, data)
+            return self.keys[id], made
+
+    async def revoke_key(self, actor: str, id: str) -> None:
+        """It stops to open now; watchers of its open streams are told."""
+        async with self._lock:
+            key = self._live_key(id)
+            await self._do("api_key.deleted", actor, id, key.project_id, {"kind": "inference"})
+
+    # events
+
+    def replay(self, raw: bytes) -> None:
+        """The next stored event. Raises `EventError` when it does not follow the last one, or cannot be applied."""
+        self._take(Event.decode(raw))
+
+    async def _do(self, type: str, actor: str, subject: str, project: str, data: dict[str, Any]) -> None:
+        # Any: JSON values
+        event = Event(len(self._events) + 1, type, self._clock(), actor, subject, project, data, self._head)
+        await self._append(event.encode())
+        self._take(event)
+
+    def _take(self, event: Event) -> None:
+        if event.number != len(self._events) + 1 or event.previous != self._head:
+            raise EventError("an event does not follow the one before", expected=len(self._events) + 1,
+                             actual=event.number)  # fmt: skip
+        try:
+            _APPLY[event.type](self, event)
+        except (KeyError, TypeError, ValueError) as err:
+            raise EventError(f"event {event.number} cannot be applied: {type(err).__name__}") from None
+        self._events.append(event)
+        self._head = event.hash
+
+    async def _new_admin_key(self, actor: str, name: str, expires_at: int | None) -> tuple[AdminKey, Made]:
+        id, made = _new_id("key"), self._pepper.make("admin")
+        data = {"kind": "admin", "name": name, "digest": made.digest.hex(), "redacted": made.redacted,
+                "expires_at": expires_at}  # fmt: skip
+        await self._do("api_key.created", actor, id, "", data)
+        return self.admin_keys[id], made
+
+    def _active_project(self, id: str) -> Project:
+        project = _find(self.projects, id, "project")
+        if not project.active:
+            raise AccessError("ACCESS_STATE", "the project is archived")
+        return project
+
+    def _live_key(self, id: str) -> ApiKey:
+        key = _find(self.keys, id, "key")
+        if key.revoked_at is not None:
+            raise AccessError("ACCESS_NOT_FOUND", "no such key")
+        return key
+
+    # one function per event; each may raise KeyError, TypeError or ValueError for an event that makes no sense
+
+    def _project_created(self, e: Event) -> None:
+        self.projects[_fresh(self.projects, e.subject)] = Project(e.subject, e.data["name"], e.at)
+
+    def _project_updated(self, e: Event) -> None:
+        changes: dict[str, Any] = dict(e.data)  # Any: JSON values
+        if "permissions" in changes:
+            changes["permissions"] = _read_permissions(changes["permissions"])
+        self.projects[e.subject] = replace(self.projects[e.subject], **changes)
+
+    def _project_archived(self, e: Event) -> None:
+        self.projects[e.subject] = replace(self.projects[e.subject], archived_at=e.at)
+        self._tell(k.id for k in self.keys.values() if k.project_id == e.subject)
+
+    def _limit_updated(self, e: Event) -> None:
+        project = self.projects[e.project]
+        limits = {**project.limits, e.subject: ModelLimit(**e.data)}
+        self.projects[e.project] = replace(project, limits=limits)
+
+    def _limit_deleted(self, e: Event) -> None:
+        project = self.projects[e.project]
+        self.projects[e.project] = replace(project, limits={k: v for k, v in project.limits.items() if k != e.subject})
+
+    def _account_created(self, e: Event) -> None:
+        made = ServiceAccount(e.subject, self.projects[e.project].id, e.data["name"], e.data["role"], e.at)
+        self.accounts[_fresh(self.accounts, e.subject)] = made
+
+    def _account_deleted(self, e: Event) -> None:
+        del self.accounts[e.subject]
+        for key in [k for k in self.keys.values() if k.owner_id == e.subject and k.revoked_at is None]:
+            self._revoke(key, e.at)
+
+    def _key_created(self, e: Event) -> None:
+        d = e.data
+        secret = Secret(bytes.fromhex(d["digest"]), d["redacted"])
+        if d["kind"] == "admin":
+            id = _fresh(self.admin_keys, e.subject)
+            self.admin_keys[id] = AdminKey(id, d["name"], secret, e.at, d["expires_at"])
+            self._admin_by_digest[secret.digest] = id
+            return
+        owner = self.accounts[d["owner"]]
+        id = _fresh(self.keys, e.subject)
+        self.keys[id] = ApiKey(
+            id, owner.project_id, owner.id, d["name"], (secret,), frozenset(d["scopes"]), e.at, d["expires_at"]
+        )
+        self._by_digest[secret.digest] = id
+
+    def _key_updated(self, e: Event) -> None:
+        key, d = self.keys[e.subject], e.data
+        newest, *older = key.secrets
+        for secret in older:
+            del self._by_digest[secret.digest]
+        fresh = Secret(bytes.fromhex(d["digest"]), d["redacted"])
+        self.keys[key.id] = replace(key, secrets=(fresh, replace(newest, until=d["until"])))
+        self._by_digest[fresh.digest] = key.id
+
+    def _key_deleted(self, e: Event) -> None:
+        if e.data["kind"] == "admin":
+            key = self.admin_keys.pop(e.subject)
+            del self._admin_by_digest[key.secret.digest]
+        else:
+            self._revoke(self.keys[e.subject], e.at)
+
+    def _revoke(self, key: ApiKey, at: int) -> None:
+        for secret in key.secrets:
+            del self._by_digest[secret.digest]
+        self.keys[key.id] = replace(key, revoked_at=at)
+        self._tell([key.id])
+
+    def _tell(self, key_ids: Iterable[str]) -> None:
+        for id in key_ids:
+            for future in self._watchers.pop(id, ()):
+                if not future.done():
+                    future.set_result(None)
+
+
+_APPLY: Final[dict[str, Callable[[Organization, Event], None]]] = {
+    "project.created": Organization._project_created,
+    "project.updated": Organization._project_updated,
+    "project.archived": Organization._project_archived,
+    "rate_limit.updated": Organization._limit_updated,
+    "rate_limit.deleted": Organization._limit_deleted,
+    "service_account.created": Organization._account_created,
+    "service_account.deleted": Organization._account_deleted,
+    "api_key.created": Organization._key_created,
+    "api_key.updated": Organization._key_updated,
+    "api_key.deleted": Organization._key_deleted,
+}
+
+
+def _new_id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(12)}"
+
+
+def _find(table: dict[str, T], id: str, what: str) -> T:
+    found = table.get(id)
+    if found is None:
+        raise AccessError("ACCESS_NOT_FOUND", f"no such {what}")
+    return found
+
+
+def _fresh(table: dict[str, Any], id: str) -> str:  # Any: the table's own values
+    if id in table:
+        raise ValueError("an id stands twice")
+    return id
+
+
+def _room(table: Any, most: int, what: str) -> None:  # Any: sized
+    if len(table) >= most:
+        raise AccessError("ACCESS_TOO_MANY", f"too many {what}", expected=f"<= {most}")
+
+
+def _name(text: object) -> str:
+    if not isinstance(text, str) or not 1 <= len(text) <= MAX_NAME or not text.isprintable():
+        raise AccessError("ACCESS_INVALID", "name", expected=f"1 to {MAX_NAME} printable characters")
+    return text
+
+
+def _role(role: object) -> Role:
+    if role not in ("owner", "member", "none"):
+        raise AccessError("ACCESS_INVALID", "role", expected="owner, member or none")
+    return role
+
+
+def _number(what: str, value: object, low: int, high: int) -> None:
+    if value is not None and (type(value) is not int or not low <= value <= high):
+        raise AccessError("ACCESS_INVALID", what, expected=f"an integer from {low} to {high}")
+
+
+def _told_permissions(permissions: ModelPermissions | None) -> dict[str, Any] | None:  # Any: JSON values
+    if permissions is None:
+        return None
+    mode: Literal["allow_list", "deny_list"] = permissions.mode
+    return {"mode": mode, "model_ids": sorted(permissions.model_ids)}
+
+
+def _read_permissions(told: dict[str, Any] | None) -> ModelPermissions | None:  # Any: JSON values
+    return None if told is None else ModelPermissions(told["mode"], frozenset(told["model_ids"]))
