@@ -241,6 +241,10 @@ Or talk to it:
 .venv/bin/vouchsafe chat --target {stack.target} --connect {connect} --policy {made.policy} \\
     --api-key-file {key} --model {stack.model_id}
 
+Or run what docs/clients.md shows, after this line:
+
+. {stack.write_client_env()}
+
 Ctrl-C stops everything.""",
         flush=True,
     )

@@ -6,6 +6,7 @@ Each is a process of its own, as in production. The demo and the end-to-end test
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import signal
 import tempfile
@@ -38,6 +39,20 @@ class Stack:
     @property
     def target(self) -> str:
         return f"https://{NAME}:{self.relay_port}"
+
+    def write_client_env(self) -> Path:
+        """A file of shell exports that the programs under docs/examples read; the API key is in it."""
+        values = {
+            "VOUCHSAFE_TARGET": self.target,
+            "VOUCHSAFE_CONNECT": f"127.0.0.1:{self.relay_port}",
+            "VOUCHSAFE_POLICY": str(self.provisioned.policy),
+            "VOUCHSAFE_API_KEY": self.provisioned.api_key,
+            "VOUCHSAFE_MODEL": self.model_id,
+        }
+        path = self.provisioned.directory / "client.env"
+        path.touch(mode=0o600)
+        path.write_text("".join(f"export {name}={shlex.quote(value)}\n" for name, value in values.items()))
+        return path
 
     @property
     def processes(self) -> tuple[Process, ...]:
