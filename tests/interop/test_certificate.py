@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from attestation.binding import report_data
 from attestation.claims import Claims, GpuNonce, GpuStateClaim, ModelClaim
 from tests.interop import diagnostic
 from tests.interop.diagnostic import Tagged
@@ -105,6 +106,29 @@ def test_decoder_sees_what_is_not_deterministic(tdx: Recorded, raw: str) -> None
 def test_decoder_reads_the_published_example_of_a_tagged_pair(tdx: Recorded) -> None:
     """The only byte-exact example of this item that its other implementers publish."""
     assert diagnostic.read(bytes.fromhex("d9ea608244010203044405060708")) == Tagged(60000, [b"\1\2\3\4", b"\5\6\7\x08"])
+
+
+GRAMINE_SPKI = bytes.fromhex(
+    "3076301006072a8648ce3d020106052b810400220362000471175934940456216c01770d57f89d92176b28c5fa00fb3ee3cc"
+    "c2bee0735a264883145b6f3cb7a3d5c3636efc4229f3e55004c4f274e77ff8b061166689da45fc5e1884a6b85fd0413e5fe8"
+    "a27ceca0ef4bcbb6c4c11666238ce7145a63e239"
+)
+GRAMINE_CLAIMS = bytes.fromhex(
+    "a16b7075626b65792d686173685824820158205a5a5b2d177433048e9d62409d1acc4ec526c06e294d09e69a36cff9369e4851"
+)
+GRAMINE_REPORT_DATA = bytes.fromhex("d8673446fe0f6842d4af0d182c8751d7e967039116deff5f85a43b2ca90c2831")
+GRAMINE_HEAD = bytes.fromhex("d9ea608259127e")
+"""Values out of the certificate that Gramine's developers published for the CCC's interoperability tests (repository
+interoperable-ra-tls, gramine-cert.pem): the key, the claims, the first half of the SGX quote's REPORTDATA, and how
+extension 2.23.133.5.4.9 begins: tag 60000, a pair, a byte string of 0x127e bytes."""
+
+
+def test_rules_are_those_of_a_certificate_that_another_implementation_published(tdx: Recorded) -> None:
+    """Key → pubkey-hash → claims → REPORTDATA come out as Gramine made them, by the rules of our own certificate."""
+    assert diagnostic.read(diagnostic.read(GRAMINE_CLAIMS)["pubkey-hash"]) == [1, hashlib.sha256(GRAMINE_SPKI).digest()]
+    assert report_data(GRAMINE_CLAIMS) == GRAMINE_REPORT_DATA + bytes(32)
+    quote = evidence(tdx)[0]
+    assert extension(tdx)[:7] == GRAMINE_HEAD[:5] + len(quote).to_bytes(2, "big")
 
 
 def test_quote_covers_the_claims_as_carried(either: Recorded) -> None:
