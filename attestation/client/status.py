@@ -126,9 +126,7 @@ class StatusLists:
         return True
 
     def _read(self, raw: bytes) -> _Signed | None:
-        if not 0 < len(raw) <= MAX_STATUS:
-            return None
-        found = read_status(raw, self._policy)
+        found = read_status(raw, self._policy) if raw else None
         return None if found is None else _Signed(raw, found)
 
     def _keep(self, found: _Signed) -> _Signed:

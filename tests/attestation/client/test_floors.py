@@ -13,9 +13,10 @@ import pytest
 
 from attestation.client.floor import SerialFloors, operator_scope
 from attestation.deployment import SerialFloor
+from attestation.dsse import public_bytes
 from tests.attestation.client.enclave import PROVE, served, session_for, show
 from tests.attestation.client.talking import Send, both_roads, refused, talk
-from tests.genuine import NOW, Genuine, any_reason, genuine
+from tests.genuine import NOW, Genuine, any_reason, genuine, operator_key
 
 OLDER: dict[str, tuple[dict[str, Any], str]] = {
     "statement": ({"statement": {"serial": 6}}, "DEPLOYMENT_ROLLBACK"),
@@ -83,8 +84,8 @@ def test_refused_result_raises_no_floor(tmp_path: Path) -> None:
 def test_floor_is_of_one_operator_key_set_and_one_name(tmp_path: Path) -> None:
     accepted(genuine(), tmp_path)
     old = genuine(statement={"serial": 6})
-    one = {"deployment.operators": [sorted(k.hex() for k in _operators(old))[0]]}
-    other_keys = genuine(statement={"serial": 6}, policy=one, statement_keys=(0, 1, 2), status_keys=(0, 1, 2))
+    pinned = {"deployment.operators": [public_bytes(operator_key(n)).hex() for n in (0, 1, 7)]}
+    other_keys = genuine(statement={"serial": 6}, policy=pinned)
     accepted(other_keys, tmp_path)
     spare = "spare.vouchsafe.test"
     renamed = genuine(statement={"serial": 6}, names=(spare,))
@@ -92,11 +93,6 @@ def test_floor_is_of_one_operator_key_set_and_one_name(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("serials-*.json"))) == 3
     scopes = {operator_scope(s.policy, n) for s in (old, other_keys) for n in ("a.test", "b.test")}
     assert len(scopes) == 4 and operator_scope(genuine(policy={"deployment": any_reason()}).policy, "a.test") == ""
-
-
-def _operators(story: Genuine) -> frozenset[bytes]:
-    found: Any = story.policy.deployment
-    return frozenset(found.operators)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +125,13 @@ def test_floor_of_another_process_is_not_lowered(tmp_path: Path) -> None:
     one.raise_to(SerialFloor(9, 9))
     two.raise_to(SerialFloor(5, 12))
     assert two.floor == SerialFloor(9, 12) == SerialFloors(tmp_path, policy, "a.test").floor
+
+
+def test_floor_without_a_folder_is_kept_in_memory() -> None:
+    floors = SerialFloors(None, genuine().policy, "a.test")
+    floors.raise_to(SerialFloor(9, 9))
+    floors.raise_to(SerialFloor(5, 12))
+    assert floors.floor == SerialFloor(9, 12)
 
 
 def test_floors_hold_while_many_connections_raise_them(tmp_path: Path) -> None:
