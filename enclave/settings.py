@@ -35,6 +35,8 @@ MAX_CONFIG: Final = 256 * 1024
 MAX_LIFETIME: Final = 3600
 MIN_LIFETIME: Final = 60
 MAX_MODELS: Final = 16
+MAX_MEMORY_PERCENT: Final = 95
+"""Of the device, for all models together: what is left holds the contexts and the driver."""
 MAX_NAMES: Final = 16
 
 _HEX32: Final = re.compile(r"[0-9a-f]{64}")
@@ -104,7 +106,11 @@ class ModelSettings:
     """One model. `weights` is `sha256:<hex>`, the fileListDigest of the directory `path` (`enclave.weights`).
 
     profile        which engine runs it: `h100-cc` (production), `cpu` (real vLLM without a GPU)
-    golden         stored answers of the boot self-test; required under `h100-cc`
+    placement      `in-process`: mounted in the enclave's own process, its failure ends the enclave; at most one.
+                   `process`: in a process of its own, restarted when it dies
+    task           `generate`: chat and completions; `embed`: embeddings
+    golden         stored answers of the self-test, at boot and after a restart; required under `h100-cc`
+    memory_percent   of the GPU's memory (`cpu`: of the machine's) that the engine takes; all models' sum is bounded
     max_model_len  tokens, prompt and answer together
     """
 
@@ -112,7 +118,10 @@ class ModelSettings:
     path: Path
     weights: str
     profile: Literal["cpu", "h100-cc"]
+    placement: Literal["in-process", "process"]
+    task: Literal["generate", "embed"]
     golden: Path | None
+    memory_percent: int
     max_model_len: int
 
 
@@ -301,6 +310,14 @@ def _models(top: _Table) -> tuple[ModelSettings, ...]:
         models.append(_model(_Table(row, f"models[{index}]", top.base)))
     if len({m.id for m in models}) != len(models):
         top.refuse("models", "a model id stands twice")
+    mounted = [m.id for m in models if m.placement == "in-process"]
+    if len(mounted) > 1:  # a second vLLM in one process would take the first one's metrics and environment
+        top.refuse("models", "more than one is in-process", expected="at most one", actual=", ".join(mounted))
+    if (total := sum(m.memory_percent for m in models)) > MAX_MEMORY_PERCENT:
+        top.refuse(
+            "models", "together they ask for too much memory", expected=f"<= {MAX_MEMORY_PERCENT}", actual=total,
+            hint="lower memory-percent",
+        )  # fmt: skip
     return tuple(models)
 
 
@@ -310,7 +327,10 @@ def _model(table: _Table) -> ModelSettings:
         path=table.path("path", "directory"),
         weights=table.text("weights", _WEIGHTS, "sha256: and 64 lower-case hex digits"),
         profile=table.choice("profile", ("cpu", "h100-cc")),
+        placement=table.choice("placement", ("in-process", "process")),
+        task=table.choice("task", ("generate", "embed")),
         golden=table.path("golden", "file") if "golden" in table.values else None,
+        memory_percent=table.integer("memory-percent", 1, MAX_MEMORY_PERCENT),
         max_model_len=table.integer("max-model-len", 16, 10_000_000),
     )
     if model.profile == "h100-cc" and model.golden is None:

@@ -62,6 +62,7 @@ EVENTS: Final[Mapping[str, Mapping[str, str]]] = {
     "stop": {"reason": _SAFE, "ms": _INT},
     "engine.started": {"model": _SAFE, "profile": _SAFE, "version": _SAFE, "ms": _INT},
     "engine.failed": {"model": _SAFE, "reason": _SAFE},
+    "engine.restart": {"model": _SAFE, "attempt": _INT, "ms": _INT},
     "engine.stopped": {"model": _SAFE, "killed": _INT, "ms": _INT},
     "library": {"logger": _SAFE, "level": _SAFE, "line": _INT, "error": _SAFE, "at": _SAFE},
     "uncaught": {"error": _SAFE, "at": _SAFE},

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 
@@ -27,7 +27,7 @@ from enclave import telemetry
 from enclave.access import KeyCheck
 from enclave.api.app import Gateway
 from enclave.engine import processes
-from enclave.engine.base import Receive, Scope, Send
+from enclave.engine.base import Receive, Scope, Send, Task
 from enclave.receipts import ReceiptStore
 from tests.enclave.api.client import API_KEY, Connection
 
@@ -38,7 +38,11 @@ class Model:
 
     path: Path
     id: str = "parrot"
+    weights: str = ""
     profile: str = "cpu"
+    placement: Literal["in-process", "process"] = "in-process"
+    task: Task = "generate"
+    memory_percent: int = 10
     max_model_len: int = 2048
 
 

@@ -6,16 +6,20 @@ the tests is not among them, so no configuration can put it into service.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from enclave.engine.base import Engine, EngineError, Model
+from enclave.engine.base import Engine, EngineError, EngineGone, Model
 from enclave.engine.profiles import PROFILES
+from enclave.engine.uds import ProcessEngine
 
-__all__ = ["Engine", "EngineError", "Model", "load"]
+__all__ = ["Engine", "EngineError", "EngineGone", "Model", "load", "sweep"]
 
 
 def load(model: Model, runtime: Path) -> Engine:
-    """The engine for one configured model, not started. *runtime* is a directory of mode 0700 for sockets and caches.
+    """The engine for one configured model, not started: mounted here or in a process of its own, as its `placement`
+    says. *runtime* is a directory of mode 0700 for sockets and caches.
 
     Raises EngineError `ENGINE_PROFILE` for a profile that does not exist. vLLM is imported by `start`, not here."""
     profile = PROFILES.get(model.profile)
@@ -26,6 +30,20 @@ def load(model: Model, runtime: Path) -> Engine:
             expected=", ".join(sorted(PROFILES)),
             actual=model.profile,
         )
+    if model.placement == "process":
+        return ProcessEngine(model, runtime)
     from enclave.engine.vllm import VllmEngine
 
     return VllmEngine(model, profile, runtime)
+
+
+def sweep(models: Iterable[Model], folder: Path = Path("/dev/shm")) -> None:  # noqa: S108 - POSIX shared memory
+    """Remove shared memory that killed engines left: it carried prompts. Only while no engine runs.
+
+    Only under profiles whose user runs nothing else: a segment's name (`psm_…`, multiprocessing's) does not say whose
+    it is. Python's resource tracker removes what a single engine leaves; this is for what outlived the tracker too."""
+    if not all(PROFILES[m.profile].exclusive_uid for m in models if m.profile in PROFILES):
+        return
+    for segment in folder.glob("psm_*"):
+        if segment.stat().st_uid == os.getuid():
+            segment.unlink(missing_ok=True)

@@ -30,9 +30,11 @@ def handler() -> LibraryHandler:
     return LibraryHandler()
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the parent ends (prctl(2)); end at once when it has ended already."""
-    parent = os.getppid()
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel for SIGKILL when the parent ends (prctl(2)); end at once when it has ended already.
+
+    *parent*, where it is known, is who started this process: one that ended before this call is noticed too."""
+    parent = os.getppid() if parent is None else parent
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")

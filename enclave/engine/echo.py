@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from enclave.engine import selftest
-from enclave.engine.base import ASGIApp, Receive, Scope, Send
+from enclave.engine.base import ASGIApp, Receive, Scope, Send, Task
 
 __all__ = ["Call", "EchoEngine"]
 
@@ -41,8 +41,11 @@ class EchoEngine:
     repeat    how often the text is said
     """
 
-    def __init__(self, model_id: str) -> None:
+    retry_after = None
+
+    def __init__(self, model_id: str, task: Task = "generate") -> None:
         self._model_id = model_id
+        self._task = task
         self._failed = asyncio.Event()
         self._reason = ""
         self._started = False
@@ -54,6 +57,10 @@ class EchoEngine:
     @property
     def model_id(self) -> str:
         return self._model_id
+
+    @property
+    def task(self) -> Task:
+        return self._task
 
     @property
     def app(self) -> ASGIApp:

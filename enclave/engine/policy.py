@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from enclave.engine.base import EngineError
-from enclave.engine.profiles import LOCK, PATHS, Profile
+from enclave.engine.base import EngineError, Task
+from enclave.engine.profiles import LOCK, LOCK_EMBED, PATHS, Profile
 
 __all__ = ["check_arguments", "check_environment", "check_model", "installed_version"]
 
@@ -79,11 +79,12 @@ def check_model(path: Path) -> None:
         )
 
 
-def check_arguments(parsed: Mapping[str, object]) -> None:
+def check_arguments(parsed: Mapping[str, object], task: Task = "generate") -> None:
     """Every locked argument has an allowed value. Raises EngineError `ENGINE_POLICY` naming those that do not."""
+    lock = {**LOCK, **LOCK_EMBED} if task == "embed" else LOCK
     wrong = sorted(
         name
-        for name, allowed in LOCK.items()
+        for name, allowed in lock.items()
         if name in parsed and not any(type(parsed[name]) is type(v) and parsed[name] == v for v in allowed)
     )
     if getattr(parsed.get("profiler_config"), "profiler", None) is not None:

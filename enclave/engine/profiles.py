@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["LOCK", "PATHS", "PROFILES", "Profile", "argv", "environment"]
+from enclave.engine.base import Model
+
+__all__ = ["LOCK", "LOCK_EMBED", "PATHS", "PROFILES", "Profile", "argv", "environment"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +22,9 @@ class Profile:
     """How vLLM is started on one kind of machine.
 
     versions     vLLM versions it was written for; others are refused at boot
-    arguments    after model, name and length
+    arguments    after what the model's entry says
     environment  set before vLLM is imported
-    exclusive_uid   this uid runs nothing else, so stale shared memory of its own may be removed at start
+    exclusive_uid   this uid runs nothing else, so shared memory of its own is stale while no engine runs
     """
 
     name: str
@@ -98,8 +100,6 @@ PROFILES: Final[Mapping[str, Profile]] = {
             "--enforce-eager",
             "--dtype",
             "float32",
-            "--gpu-memory-utilization",  # on CPU: a share of the host's memory
-            "0.1",
             "--max-num-seqs",
             "32",
         ),
@@ -121,8 +121,6 @@ PROFILES: Final[Mapping[str, Profile]] = {
             *_QUIET,
             "--dtype",
             "bfloat16",
-            "--gpu-memory-utilization",
-            "0.90",
             "--max-num-seqs",
             "256",
         ),
@@ -186,17 +184,31 @@ LOCK: Final[Mapping[str, tuple[object, ...]]] = {
 """Argument → values it may have after parsing (vllm.md §10). One that a version does not have is nothing to lock."""
 
 
-def argv(profile: Profile, *, model_id: str, path: Path, max_model_len: int) -> list[str]:
+LOCK_EMBED: Final[Mapping[str, tuple[object, ...]]] = {
+    "runner": ("pooling",),
+    "convert": ("embed",),
+    # Vectors gain nothing from it, and what is not there needs no salt.
+    "enable_prefix_caching": (False,),
+}
+"""The same for an embedding model, besides `LOCK`."""
+
+
+def argv(profile: Profile, model: Model) -> list[str]:
     """The whole command line vLLM parses."""
-    return [
+    line = [
         "--model",
-        str(path),
+        str(model.path),
         "--served-model-name",
-        model_id,
+        model.id,
         "--max-model-len",
-        str(max_model_len),
+        str(model.max_model_len),
+        "--gpu-memory-utilization",  # of the device; on CPU, of the machine
+        f"{model.memory_percent / 100:.2f}",
         *profile.arguments,
     ]
+    if model.task == "embed":
+        line += ["--runner", "pooling", "--convert", "embed", "--no-enable-prefix-caching"]
+    return line
 
 
 def environment(profile: Profile, runtime: Path) -> dict[str, str]:

@@ -11,7 +11,7 @@ import asyncio
 import json
 from typing import Any, Final
 
-from enclave.engine.base import Engine, EngineError
+from enclave.engine.base import Engine, EngineError, EngineGone
 from enclave.engine.call import post
 
 __all__ = ["run"]
@@ -32,6 +32,8 @@ async def run(engine: Engine, golden: list[dict[str, Any]]) -> None:  # Any: JSO
             for number, one in enumerate(golden):
                 await _compare(engine, number, one)
             await asyncio.gather(*(_compare(engine, number, one) for number, one in enumerate(golden)))
+    except EngineGone:
+        raise EngineError("ENGINE_SELF_TEST", "the engine process ended during the self-test") from None
     except TimeoutError:
         raise EngineError("ENGINE_SELF_TEST", f"the self-test did not end within {DEADLINE:.0f} seconds") from None
 

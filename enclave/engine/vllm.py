@@ -23,7 +23,7 @@ from typing import Any, Final
 
 from enclave import telemetry
 from enclave.engine import policy, processes, selftest
-from enclave.engine.base import ASGIApp, EngineError, Model
+from enclave.engine.base import ASGIApp, EngineError, Model, Task
 from enclave.engine.child import FACTORY, FRONT
 from enclave.engine.profiles import PATHS, Profile, argv, environment
 
@@ -43,7 +43,9 @@ class _Server:
 
 
 class VllmEngine:
-    """One model on one in-process vLLM. Implements `enclave.engine.base.Engine`."""
+    """One model on one in-process vLLM. Implements `enclave.engine.base.Engine`. One that fails has failed for good."""
+
+    retry_after = None
 
     def __init__(self, model: Model, profile: Profile, runtime: Path) -> None:
         self._model = model
@@ -61,6 +63,10 @@ class VllmEngine:
     @property
     def model_id(self) -> str:
         return self._model.id
+
+    @property
+    def task(self) -> Task:
+        return self._model.task
 
     @property
     def app(self) -> ASGIApp:
@@ -122,13 +128,9 @@ class VllmEngine:
         policy.set_environment({**wanted, FRONT: str(os.getpid())})
 
     def _purge(self) -> None:
-        """Remove what a killed predecessor left: sockets and shared memory that carried prompts."""
+        """Remove the sockets that a killed predecessor left."""
         for socket in (self._runtime / "rpc").iterdir():
             socket.unlink(missing_ok=True)
-        if self._profile.exclusive_uid:
-            for segment in Path("/dev/shm").glob("psm_*"):  # noqa: S108 - POSIX shared memory, named by multiprocessing
-                if segment.stat().st_uid == os.getuid():
-                    segment.unlink(missing_ok=True)
 
     async def _mount(self, version: str) -> None:
         paths = PATHS[version]
@@ -137,12 +139,9 @@ class VllmEngine:
             return getattr(importlib.import_module(paths[name]), name)
 
         parser = of("make_arg_parser")(of("FlexibleArgumentParser")())
-        line = argv(
-            self._profile, model_id=self.model_id, path=self._model.path, max_model_len=self._model.max_model_len
-        )
-        args: Namespace = parser.parse_args(line)
+        args: Namespace = parser.parse_args(argv(self._profile, self._model))
         of("validate_parsed_serve_args")(args)
-        policy.check_arguments(vars(args))
+        policy.check_arguments(vars(args), self.task)
         if importlib.import_module("vllm.usage.usage_lib").is_usage_stats_enabled():
             raise EngineError("ENGINE_POLICY", "vLLM would send usage statistics")
 

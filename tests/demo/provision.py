@@ -87,6 +87,7 @@ def provision(
     gpus: int = 1,
     lifetime: int = 3600,
     max_model_len: int = 2048,
+    placement: str = "in-process",
 ) -> Provisioned:
     """Make all of it in *directory*. *devtee* is the state directory of a development TEE that has started.
 
@@ -110,7 +111,7 @@ def provision(
     config.write_text(
         _config(
             directory, devtee, appraisal, listen, dns_name, api_key, model_dir.resolve(), golden, model_id, weights,
-            gpus, lifetime, max_model_len,
+            gpus, lifetime, max_model_len, placement,
         ),
         encoding="utf-8",
     )  # fmt: skip
@@ -201,7 +202,7 @@ fresh-gpu = false
 
 def _config(
     directory: Path, devtee: Path, appraisal: Path, listen: str, dns_name: str, api_key: str, model_dir: Path,
-    golden: Path | None, model_id: str, weights: str, gpus: int, lifetime: int, max_model_len: int,
+    golden: Path | None, model_id: str, weights: str, gpus: int, lifetime: int, max_model_len: int, placement: str,
 ) -> str:  # fmt: skip
     golden_line = f"golden = {json.dumps(str(golden.resolve()))}\n" if golden is not None else ""
     return f"""version = 1
@@ -237,7 +238,10 @@ id = {json.dumps(model_id)}
 path = {json.dumps(str(model_dir))}
 weights = "{weights}"
 profile = "cpu"
-{golden_line}max-model-len = {max_model_len}
+placement = {json.dumps(placement)}
+task = "generate"
+{golden_line}memory-percent = 10
+max-model-len = {max_model_len}
 """
 
 

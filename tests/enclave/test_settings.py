@@ -43,6 +43,9 @@ id = "parrot"
 path = "model"
 weights = "sha256:{a}"
 profile = "cpu"
+placement = "in-process"
+task = "generate"
+memory-percent = 10
 max-model-len = 2048
 """.replace("{a}", "a" * 64)
 
@@ -99,6 +102,12 @@ def test_good_configuration_is_read_once_and_its_digest_covers_its_bytes(base: P
         ('id = "parrot"', 'id = ""', "models[0].id: is not well formed"),
         ('id = "parrot"', 'id = "parrot"\ntrust-remote-code = true', "models[0].trust-remote-code: is not a key"),
         ("max-model-len = 2048", "max-model-len = 2", "models[0].max-model-len"),
+        ('placement = "in-process"\n', "", "models[0].placement: is missing"),
+        ('placement = "in-process"', 'placement = "thread"', "models[0].placement: is not known"),
+        ('task = "generate"\n', "", "models[0].task: is missing"),
+        ('task = "generate"', 'task = "rerank"', "models[0].task: is not known"),
+        ("memory-percent = 10\n", "", "models[0].memory-percent: is missing"),
+        ("memory-percent = 10", "memory-percent = 96", "models[0].memory-percent: is out of bounds"),
         ('api-key-sha256 = "a', 'api-key-sha256 = "x', "access.api-key-sha256: is not well formed"),
         ("[access]", "[[access]]", "access: has the wrong type"),
     ],
@@ -116,6 +125,30 @@ def test_model_twice_is_refused(base: Path) -> None:
     model = GOOD[GOOD.index("[[models]]") :]
     with pytest.raises(InputError, match="a model id stands twice"):
         Settings.parse((GOOD + model).encode(), base=base)
+
+
+def another(base: Path, **changed: str) -> bytes:
+    model = GOOD[GOOD.index("[[models]]") :].replace('id = "parrot"', 'id = "second"')
+    for old, new in changed.items():
+        assert old.replace("_", "-") in model
+        model = model.replace(old.replace("_", "-"), new)
+    return (GOOD + model).encode()
+
+
+def test_one_model_is_mounted_and_others_are_processes(base: Path) -> None:
+    with pytest.raises(InputError, match="more than one is in-process"):
+        Settings.parse(another(base), base=base)
+    raw = another(base).decode().replace('"in-process"', '"process"')
+    assert {m.placement for m in Settings.parse(raw.encode(), base=base).models} == {"process"}
+    raw = another(base, in_process="process").decode()
+    assert [m.placement for m in Settings.parse(raw.encode(), base=base).models] == ["in-process", "process"]
+
+
+def test_models_that_together_want_too_much_memory_are_refused(base: Path) -> None:
+    raw = another(base, in_process="process").decode()
+    assert Settings.parse(raw.replace("percent = 10", "percent = 47").encode(), base=base)
+    with pytest.raises(InputError, match="together they ask for too much memory"):
+        Settings.parse(raw.replace("percent = 10", "percent = 48").encode(), base=base)
 
 
 @pytest.mark.parametrize("raw", [b"\xff", b"version = 1\nversion = 1", b"[", b"x" * 300_000])

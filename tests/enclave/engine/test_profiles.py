@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from enclave import engine
 from enclave.engine import policy
-from enclave.engine.base import EngineError
-from enclave.engine.profiles import LOCK, PATHS, PROFILES, argv, environment
+from enclave.engine.base import EngineError, Task
+from enclave.engine.profiles import LOCK, LOCK_EMBED, PATHS, PROFILES, argv, environment
 
 RUNTIME = Path("/run/vouchsafe/run")
 NEVER = (
@@ -41,15 +41,21 @@ class Model:
     profile: str = "cpu"
     id: str = "parrot"
     path: Path = Path("/models/parrot")
+    weights: str = ""
+    placement: Literal["in-process", "process"] = "in-process"
+    task: Task = "generate"
+    memory_percent: int = 45
     max_model_len: int = 2048
 
 
 @pytest.mark.parametrize("name", ["cpu", "h100-cc"])
 def test_profile_is_silent_and_passes_nothing_dangerous(name: str) -> None:
     profile = PROFILES[name]
-    line = argv(profile, model_id="parrot", path=Path("/models/parrot"), max_model_len=2048)
+    line = argv(profile, Model())
     assert not set(line) & set(NEVER)
     assert line[:6] == ["--model", "/models/parrot", "--served-model-name", "parrot", "--max-model-len", "2048"]
+    assert line[6:8] == ["--gpu-memory-utilization", "0.45"]
+    assert "--runner" not in line and "--no-enable-prefix-caching" not in line
     for flag in ("--disable-fastapi-docs", "--disable-uvicorn-access-log", "--disable-log-stats"):
         assert flag in line
     assert line[line.index("--load-format") + 1] == "safetensors"
@@ -80,7 +86,6 @@ def test_h100_profile_avoids_what_breaks_in_confidential_mode() -> None:
     assert "--enforce-eager" not in profile.arguments
     assert profile.arguments[profile.arguments.index("--tensor-parallel-size") + 1] == "1"
     assert profile.arguments[profile.arguments.index("--dtype") + 1] == "bfloat16"
-    assert profile.arguments[profile.arguments.index("--gpu-memory-utilization") + 1] == "0.90"
     assert profile.versions == ("0.33.0",)
     assert profile.exclusive_uid
 
@@ -163,6 +168,28 @@ def test_argument_outside_the_lock_is_refused(name: str, value: Any) -> None:
     with pytest.raises(EngineError, match="ENGINE_POLICY") as refused:
         policy.check_arguments({**good, name: value})
     assert name in refused.value.actual
+
+
+@pytest.mark.parametrize("name", ["cpu", "h100-cc"])
+def test_embedding_model_runs_the_pooling_runner_without_a_cache(name: str) -> None:
+    line = argv(PROFILES[name], Model(task="embed"))
+    assert line[-5:] == ["--runner", "pooling", "--convert", "embed", "--no-enable-prefix-caching"]
+    good: dict[str, Any] = {key: allowed[0] for key, allowed in {**LOCK, **LOCK_EMBED}.items()}
+    policy.check_arguments(good, "embed")
+    for key, value in (("runner", "generate"), ("convert", "none"), ("enable_prefix_caching", True)):
+        policy.check_arguments({**good, key: value}, "generate")
+        with pytest.raises(EngineError, match="ENGINE_POLICY") as refused:
+            policy.check_arguments({**good, key: value}, "embed")
+        assert refused.value.actual == key
+
+
+def test_stale_shared_memory_is_swept_only_where_the_user_runs_nothing_else(tmp_path: Path) -> None:
+    for name in ("psm_1", "other"):
+        (tmp_path / name).touch()
+    engine.sweep([Model("h100-cc"), Model("cpu")], tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"psm_1", "other"}
+    engine.sweep([Model("h100-cc"), Model("h100-cc")], tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {"other"}
 
 
 def test_profiler_is_refused() -> None:
