@@ -108,6 +108,8 @@ def _service(commands: Any) -> None:
     p.add_argument("--at", metavar="T", help="for a bundle: when to judge it (default: its own time)")
     p.add_argument("--grace", metavar="TIME", help="with --at: judge it at its own time, if not older than this")
     p.add_argument("--name", metavar="NAME", help="for a bundle: the DNS name it must be for")
+    p.add_argument("--first-use", metavar="FILE", help="explore: record who the service says it is, compare, ask")
+    p.add_argument("--yes", action="store_true", help="with --first-use: record the first meeting without asking")
 
     p = _command(commands, "bundle", "cli_service", "bundle", "save all that is needed to verify later, offline")
     p.add_argument("target", metavar="TARGET", help="https://NAME[:PORT]")

@@ -38,10 +38,16 @@ MAX_LINE: Final = 4 * 1024 * 1024
 
 def verify_target(options: Namespace) -> int:
     """One verdict on a service, or on a saved bundle at its own time or at `--at`."""
+    if options.yes and not options.first_use:
+        raise InputError("INPUT_USAGE", "--yes answers the question of --first-use")
     if not options.target.startswith(("https://", "http://")):
         return _verify_saved(options)
     if options.at:
         raise InputError("INPUT_TIME", "a live service is verified now: --at is for a saved bundle")
+    if options.first_use:
+        from attestation.client.cli_first_use import explore
+
+        return explore(options, _target(options))
     session = AttestedSession(
         _target(options), policy_of(options), explore=not options.policy, cache_dir=_cache(options)
     )
@@ -51,6 +57,8 @@ def verify_target(options: Namespace) -> int:
 def _verify_saved(options: Namespace) -> int:
     if options.connect:
         raise InputError("INPUT_ADDRESS", "--connect is for a live service", actual=options.connect)
+    if options.first_use:
+        raise InputError("INPUT_USAGE", "--first-use is for a live service: a bundle can be verified again as it is")
     policy = policy_of(options)
     saved = Bundle.decode(read_file(options.target, "bundle", MAX_BUNDLE))
     name = None if options.name is None else options.name.lower()

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from attestation.result import AttestationResult, Check, Status
 
-__all__ = ["Paint", "printable", "render", "render_beside", "render_checks", "short"]
+__all__ = ["Paint", "printable", "render", "render_beside", "render_checks", "render_not_proven", "short"]
 
 WIDTH: Final = 100
 _COLOURS: Final = {"pass": "32", "fail": "31", "skip": "33", "bold": "1", "dim": "2"}
@@ -44,15 +44,19 @@ def render(result: AttestationResult, *, subject: str, paint: Paint) -> str:
     lines = [_headline(result.verdict, result.development, subject, paint)]
     lines += _summary(result.claims, result.policy[0])
     lines += render_checks(result.checks, paint)
-    lines += _claims(result.claims, paint)
-    if result.not_proven:
-        lines += ["", paint("not proven", "bold")]
-        for text in result.not_proven:
-            lines += textwrap.wrap(
-                printable(text), WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
-            )
+    lines += _claims(result.claims, paint) + render_not_proven(result, paint)
     lines += ["", paint(_anchors(result), "dim")]
     return "\n".join(lines)
+
+
+def render_not_proven(result: AttestationResult, paint: Paint) -> list[str]:
+    """What the verdict does not say, one sentence each."""
+    lines = ["", paint("not proven", "bold")] if result.not_proven else []
+    for text in result.not_proven:
+        lines += textwrap.wrap(
+            printable(text), WIDTH, initial_indent="  - ", subsequent_indent="    ", break_on_hyphens=False
+        )
+    return lines
 
 
 def render_beside(name: str, said: Mapping[str, object], paint: Paint) -> str:

@@ -21,6 +21,7 @@ from typing import Final
 from attestation.bundle import Bundle
 from attestation.channel import ChannelProof
 from attestation.client.fetch import dial, fetch_evidence
+from attestation.client.first_use import MARK
 from attestation.client.floor import CrlFloor, SerialFloors, replace_file
 from attestation.client.handshake import Appraisal, Handshake, NotAttested
 from attestation.client.status import Fetch, StatusLists, fetch_status
@@ -298,6 +299,14 @@ def _connectable(policy: Policy, explore: bool) -> Policy:
 def read_policy(path: Path | str) -> Policy:
     """The policy in a file. Raises `PolicyError`, or `InputError` when it cannot be read."""
     try:
-        return Policy.parse(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
         raise InputError("INPUT_FILE", f"cannot read the policy {path}: {err}") from err
+    if text.lstrip().startswith("{") and MARK in text:  # no TOML begins so
+        raise PolicyError(
+            "POLICY_FIRST_USE",
+            "a record of first use is no policy: it says whom you met, not whom you meant",
+            actual=str(path),
+            hint="write a policy that pins the operator's key in [deployment]",
+        )
+    return Policy.parse(text)

@@ -69,6 +69,8 @@ def test_a_comparison_that_says_nothing_is_not_taken_for_one_that_passed(
     monkeypatch.setattr(f"attestation.statements.{step}", lambda *a, **k: None)
     result = story.verify(serial_floor=HONEST, at_url=UrlStatus(3))
     assert result.codes == ("VERIFIER_INCOMPLETE",)
+    silent = {"_not_older": "deployment.serial-seen, status.serial-seen", "_beside_url": "status.url"}
+    assert result.failed[0].actual == silent[step]
 
 
 def test_floors_merge_to_the_higher_of_each_kind() -> None:
