@@ -13,7 +13,12 @@
     11 listen
 
 Runs in the enclave; owns the signals, the engines and the order of the end: refuse, drain, stop the engines, leave no
-child. Whatever fails after the boot ends the whole process: what cannot be verified is not degraded, it is off.
+child. Whatever fails after the boot ends the whole process: what cannot be verified is not degraded, it is off. The one
+exception is an engine in a process of its own: its model answers 503 until it has been started and tested again, and
+the other models go on. An engine mounted in this process shares its fate.
+
+Ready means: every stage has passed, so every configured engine has been healthy once; the certificate is valid; at
+least one model can answer now.
 
 Exit status: 0 stopped in order, 1 a stage failed, 2 the operator's own input cannot be used, 3 an engine or the
 server failed while serving.
@@ -47,7 +52,7 @@ from enclave.api.health import health_routes
 from enclave.channel import ChannelProver
 from enclave.clock import Clock
 from enclave.documents import read_statements
-from enclave.engine import Engine, processes
+from enclave.engine import Engine, EngineError, processes
 from enclave.inputs import appraisal_policy, golden_answers, own_runtime, private_directory
 from enclave.issuer import DRAIN, Draft, Issuer
 from enclave.keys import KeyRing
@@ -119,8 +124,8 @@ class Boot:
         self._files = Worker("weights")
 
     def ready(self) -> bool:
-        """True after every stage, while the certificate is valid, the engines are healthy and nothing has to stop."""
-        return self.serving and self.issuer.valid and all(e.healthy for e in self.engines.values())
+        """True after every stage, while the certificate is valid, a model can answer and nothing has to stop."""
+        return self.serving and self.issuer.valid and any(e.healthy for e in self.engines.values())
 
     async def up(self) -> None:
         """All stages. Raises `BootFailed`."""
@@ -235,14 +240,23 @@ class Boot:
         return f"{len(identity.leaf)} bytes, keyset {identity.keyset_digest[:23]}…"
 
     async def _engine(self) -> str:
+        engines.sweep(self.settings.models)
+        # One after another: an engine that starts measures the free memory, and another must not change it meanwhile.
         for index, model in enumerate(self.settings.models):
-            self._console.say(f"boot 10/{len(STAGES)} engine: starting {model.id} (profile {model.profile})")
+            self._console.say(
+                f"boot 10/{len(STAGES)} engine: starting {model.id} (profile {model.profile}, {model.placement})"
+            )
             golden = golden_answers(model.golden) if model.golden is not None else None
             engine = self._load_engine(model, private_directory(self.settings.paths.runtime / f"engine-{index}"))
             self.engines[model.id] = engine  # before its start: what has begun is stopped
-            await engine.start()
-            if golden is not None:
-                await engine.self_test(golden)
+            try:
+                await engine.start()
+                if golden is not None:
+                    await engine.self_test(golden)
+            except VouchsafeError as err:
+                raise EngineError(
+                    err.code, f"model {model.id}: {err.reason}", expected=err.expected, actual=err.actual, hint=err.hint
+                ) from err
         tested = sum(m.golden is not None for m in self.settings.models)
         return f"{len(self.engines)} started, {tested} self-tested"
 
@@ -254,7 +268,7 @@ class Boot:
             engines=self.engines,
             access=KeyCheck(self.settings.access.api_key_sha256.hex()),
             receipts=ReceiptStore(),
-            public={**evidence.routes, **health_routes(self.ready, lambda: bool(self.issuer.failing))},
+            public={**evidence.routes, **health_routes(self.ready, lambda: bool(self.issuer.failing), self._states)},
             ready=self.ready,
         )
         endpoint = Endpoint(
@@ -272,6 +286,9 @@ class Boot:
             await asyncio.sleep(0.01)
         telemetry.event("listen", address=self.settings.listen.kind)
         return str(self.address)
+
+    def _states(self) -> dict[str, bool]:
+        return {id: engine.healthy for id, engine in self.engines.items()}
 
     @property
     def address(self) -> str:
@@ -311,6 +328,8 @@ class Boot:
         for engine in self.engines.values():
             with contextlib.suppress(Exception, TimeoutError):  # its children are ended below in any case
                 await asyncio.wait_for(engine.stop(), 60)
+        if self.engines:
+            engines.sweep(self.settings.models)
         if self.producer is not None:
             await _give_gpus_back(self.producer)
             self.producer.close()

@@ -14,6 +14,7 @@ from typing import Final
 
 from enclave.access import KeyCheck
 from enclave.access.keys import bearer
+from enclave.api.embeddings import EMBEDDINGS
 from enclave.api.errors import INTERNAL, INVALID_KEY, UNKNOWN_URL, Refused
 from enclave.api.exchange import Exchange
 from enclave.api.inference import Inference
@@ -57,6 +58,7 @@ class Gateway:
             ("GET", "/v1/models"): self._list_models,
             ("POST", CHAT.path): lambda x: inference.serve(x, CHAT),
             ("POST", COMPLETIONS.path): lambda x: inference.serve(x, COMPLETIONS),
+            ("POST", EMBEDDINGS.path): lambda x: inference.serve(x, EMBEDDINGS),
         }
         self._named: dict[tuple[str, str], Callable[[Exchange, str], Awaitable[None]]] = {
             ("GET", _MODELS): self._get_model,

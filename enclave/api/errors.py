@@ -10,11 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-__all__ = ["Refusal", "Refused", "engine_refusal", "error_event", "refusal_from_engine_event"]
+__all__ = [
+    "Refusal",
+    "Refused",
+    "engine_refusal",
+    "error_event",
+    "other_task",
+    "refusal_from_engine_event",
+    "unavailable",
+]
 
 _PARAM: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\[\]-]{0,63}")
 MAX_MESSAGE: Final = 600
@@ -76,6 +84,20 @@ BUSY: Final = Refusal(
 INTERNAL: Final = Refusal(500, "The server had an error while processing the request.", "server_error", "server_error")
 NO_CREDENTIAL: Final = Refusal(401, "A receipt needs the API key of its request.", "unauthorized", "unauthorized")
 NO_RECEIPT: Final = Refusal(404, "No such receipt.", "not_found", "not_found")
+
+
+def unavailable(retry_after: int | None) -> Refusal:
+    """503 for one model: come back in *retry_after* seconds, or do not (None)."""
+    if retry_after is None:
+        return UNAVAILABLE
+    return replace(UNAVAILABLE, headers=((b"retry-after", str(retry_after).encode("ascii")),))
+
+
+def other_task(path: str, serving: Sequence[str]) -> Refusal:
+    """404 for a model that is served here, but not on this route; *serving* are those that are."""
+    named = f"Models that do: {', '.join(serving)}." if serving else "No model here does."
+    message = f"This model is not served on {path}. {named}"
+    return Refusal(404, message, code="model_not_supported", param="model")
 
 
 def engine_refusal(status: int, body: bytes) -> Refusal:

@@ -1,11 +1,14 @@
 """Health routes: `live` while the process answers, `ready` only after every boot stage and while it may serve.
 
-Runs in the enclave, public, without content: one word and a status, and a second word while the certificate's renewal
-fails. Until the certificate ends that is no reason to send nobody, and every reason to look.
+Runs in the enclave, public, without content: a word, a word for each model (the ids stand in the certificate's claims
+anyway), and one more while the certificate's renewal fails. Until the certificate ends that is no reason to send
+nobody, and every reason to look. A model that is down does not make the service unready: its own requests are answered
+503 with a time to come back, and those of the others are answered.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 
 from enclave.engine.base import ASGIApp, Receive, Scope, Send
@@ -14,17 +17,23 @@ __all__ = ["health_routes"]
 
 
 def health_routes(
-    ready: Callable[[], bool], failing: Callable[[], bool] = lambda: False
+    ready: Callable[[], bool],
+    failing: Callable[[], bool] = lambda: False,
+    models: Callable[[], Mapping[str, bool]] = dict,
 ) -> Mapping[tuple[str, str], ASGIApp]:
-    """The two routes. *ready*, and *failing* (the last renewal did), are asked each time."""
+    """The two routes. *ready*, *failing* (the last renewal did), *models* (id → can it answer) are asked each time."""
 
     async def live(scope: Scope, receive: Receive, send: Send) -> None:
         await _say(send, 200, b'{"status":"live"}')
 
     async def is_ready(scope: Scope, receive: Receive, send: Send) -> None:
         holds = ready()
-        more = b',"certificate":"renewal-failing"' if failing() else b""
-        await _say(send, 200 if holds else 503, b'{"status":"%s"%s}' % (b"ready" if holds else b"not-ready", more))
+        said: dict[str, object] = {"status": "ready" if holds else "not-ready"}
+        if states := models():
+            said["models"] = {id: "ready" if up else "unavailable" for id, up in states.items()}
+        if failing():
+            said["certificate"] = "renewal-failing"
+        await _say(send, 200 if holds else 503, json.dumps(said, separators=(",", ":")).encode("ascii"))
 
     return {("GET", "/health/live"): live, ("GET", "/health/ready"): is_ready}
 

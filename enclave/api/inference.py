@@ -27,7 +27,7 @@ from enclave.api import errors
 from enclave.api.errors import Refusal, Refused
 from enclave.api.exchange import Exchange, header
 from enclave.api.requests import Admitted, Route, admit, parse
-from enclave.engine.base import Engine, Message
+from enclave.engine.base import Engine, EngineGone, Message
 from enclave.engine.call import inner_scope
 from enclave.receipts import ReceiptStore, issue, new_receipt_id
 from enclave.stream import OutStream
@@ -97,9 +97,14 @@ class Inference:
         named = document.get("model")
         x.model = named if isinstance(named, str) and named in self._engines else None
         admitted = admit(route, document, known=self._engines.__contains__, salt_key=self._salt_key, key_digest=key)
-        engine = self._engines[admitted.model]
+        engine = self._engines[admitted.model]  # and no other, whatever state it is in
+        if engine.task != route.task:
+            serving = [id for id, other in self._engines.items() if other.task == route.task]
+            raise Refused(errors.other_task(route.path, serving))
         x.stream = admitted.stream
-        if not self._ready() or not engine.healthy:
+        if not engine.healthy:
+            raise Refused(errors.unavailable(engine.retry_after))
+        if not self._ready():
             raise Refused(errors.UNAVAILABLE)
         if self._running >= MAX_RUNNING:
             raise Refused(errors.BUSY)
@@ -202,7 +207,7 @@ class _Call:
                 steps = self._steps
                 done, _ = await asyncio.wait(waiting, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if call in done:
-                    return errors.INTERNAL if call.cancelled() or call.exception() is not None else None
+                    return self._fault(call)
                 if dead in done:
                     return errors.UNAVAILABLE
                 if watch in done:
@@ -215,6 +220,13 @@ class _Call:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
+
+    def _fault(self, call: asyncio.Future[None]) -> Refusal | None:
+        """What ended the engine's call, None when it ended by itself."""
+        error = None if call.cancelled() else call.exception()
+        if isinstance(error, EngineGone):
+            return errors.unavailable(self._engine.retry_after)
+        return errors.INTERNAL if call.cancelled() or error is not None else None
 
     async def _watch(self) -> None:
         """Read the caller's side: after the body it can only say that it is gone."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
 from enclave.api.errors import NOT_JSON, Refusal, Refused
+from enclave.engine.base import Task
 
 __all__ = ["CHAT", "COMPLETIONS", "Admitted", "Route", "admit", "parse"]
 
@@ -62,10 +63,13 @@ _SAMPLING: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One inference route: where it stands, and the fields a request may have."""
+    """One inference route: where it stands, the fields a request may have, what its models do, and what more is asked
+    of a request (*check* raises Refused)."""
 
     path: str
     fields: frozenset[str]
+    task: Task = "generate"
+    check: Callable[[Mapping[str, Any]], None] = lambda document: None  # Any: JSON values
 
 
 CHAT: Final = Route(
@@ -170,6 +174,7 @@ def admit(
     _check_stream_options(sent, removed, stream=stream)
     _check_text_only(sent.get("messages"))
     _check_sizes(sent)
+    route.check(sent)
     sent["cache_salt"] = _salt(salt_key, key_digest, sent.get("cache_salt"))
     body = json.dumps(sent, separators=(",", ":"), allow_nan=False).encode("ascii")
     return Admitted(model=model, stream=stream, body=body, set=("cache_salt",), removed=tuple(removed))

@@ -1,6 +1,7 @@
 """An engine for tests that speaks the same HTTP as vLLM, deterministically, and can be told to misbehave.
 
-It answers with the last user message (or the prompt), one word per event. Delay, errors, a death in mid-stream, and a
+It answers with the last user message (or the prompt), one word per event; as an embedding model, with a vector made
+from the input's SHA-256. Delay, errors, a death in mid-stream, and a
 stream that ends without `[DONE]` are switched by attributes; what reached it is kept in `calls`. Its quirks are
 vLLM's: integer error codes, an error event followed by `[DONE]`, unknown fields accepted. No configuration can load it.
 """
@@ -8,7 +9,11 @@ vLLM's: integer error codes, an error event followed by `[DONE]`, unknown fields
 from __future__ import annotations
 
 import asyncio
+import base64
+import hashlib
 import json
+import math
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -120,6 +125,10 @@ class EchoEngine:
             }
             await _json(send, status, document)
             return
+        if call.path == "/v1/embeddings":
+            await asyncio.sleep(self.delay)
+            await _json(send, 200, _vectors(self._model_id, body))
+            return
         text = " ".join([_text(body)] * self.repeat)
         chat = call.path == "/v1/chat/completions"
         if not body.get("stream") or self.fault == "no-stream":
@@ -176,6 +185,22 @@ def _whole(model: str, text: str, *, chat: bool) -> dict[str, Any]:  # Any: JSON
         "choices": [choice],
         "usage": {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count},
     }
+
+
+def _vectors(model: str, body: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values
+    given = body["input"]
+    inputs = given if isinstance(given, list) and not isinstance(given[0], int) else [given]
+    data = []
+    for index, one in enumerate(inputs):
+        bits = hashlib.sha256(json.dumps(one).encode()).digest()[: body.get("dimensions") or 16]
+        length = math.sqrt(sum(b * b for b in bits))
+        vector: Any = [b / length for b in bits]
+        if body.get("encoding_format") == "base64":
+            vector = base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
+        data.append({"object": "embedding", "index": index, "embedding": vector})
+    count = sum(len(one) if isinstance(one, list) else len(one.split(" ")) for one in inputs)
+    usage = {"prompt_tokens": count, "total_tokens": count}
+    return {"id": "embd-echo", "object": "list", "created": 0, "model": model, "data": data, "usage": usage}
 
 
 async def _json(send: Send, status: int, document: dict[str, Any]) -> None:  # Any: JSON values

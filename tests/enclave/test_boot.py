@@ -99,7 +99,7 @@ def _client_accepts(path: Path, made: Provisioned) -> None:
             refused = verify_channel(first, bundle.evidence, bundle.endorsements, policy, stolen, now=now, group="")
             assert refused.codes == ("CHANNEL_REPORT_DATA",)
         assert len(client.exporter(nonce)) == EXPORTER_SIZE
-        assert client.get("/health/ready") == (200, b'{"status":"ready"}')
+        assert client.get("/health/ready") == (200, b'{"status":"ready","models":{"parrot":"ready"}}')
         question = {"model": "parrot", "messages": [{"role": "user", "content": "say it"}]}
         headers = f"authorization: Bearer {made.api_key}\r\ncontent-type: application/json\r\n"
         status, text = client.get(

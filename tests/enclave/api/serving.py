@@ -1,4 +1,4 @@
-"""The gateway in front of one echo engine, as its tests use it."""
+"""The gateway in front of one echo engine or several, as its tests use it."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import hashlib
 
 from enclave.access import KeyCheck
 from enclave.api.app import Gateway
-from enclave.engine.base import ASGIApp
-from enclave.engine.echo import EchoEngine
+from enclave.engine.base import ASGIApp, Engine
 from enclave.receipts import ReceiptStore
 from tests.enclave.api.client import API_KEY, Reply
 
 
-def gateway(engine: EchoEngine, *, ready: bool = True, public: dict[tuple[str, str], ASGIApp] | None = None) -> Gateway:
+def gateway(*engines: Engine, ready: bool = True, public: dict[tuple[str, str], ASGIApp] | None = None) -> Gateway:
     return Gateway(
-        engines={engine.model_id: engine},
+        engines={engine.model_id: engine for engine in engines},
         access=KeyCheck(hashlib.sha256(API_KEY.encode()).hexdigest()),
         receipts=ReceiptStore(),
         public=public or {},

@@ -28,6 +28,7 @@ def test_route_table_is_exactly_this(engine: EchoEngine) -> None:
         ("GET", "/v1/models/{id}"),
         ("POST", "/v1/chat/completions"),
         ("POST", "/v1/completions"),
+        ("POST", "/v1/embeddings"),
         ("GET", "/v1/aci/receipts/{id}"),
     }
 
@@ -44,7 +45,7 @@ def test_route_table_is_exactly_this(engine: EchoEngine) -> None:
         "POST /tokenize",
         "POST /invocations",
         "POST /v1/responses",
-        "POST /v1/embeddings",
+        "GET /v1/embeddings",
         "POST /scale_elastic_ep",
         "POST /v1/chat/completions/render",
         "POST /v1/chat/completions/",

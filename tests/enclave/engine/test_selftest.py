@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
 from enclave.engine import selftest
 from enclave.engine.base import EngineError
+from enclave.engine.call import post
 from enclave.engine.echo import EchoEngine, Fault
 
 GOLDEN: list[dict[str, Any]] = [
@@ -53,3 +55,49 @@ async def test_silence_is_refused(engine: EchoEngine, monkeypatch: pytest.Monkey
 async def test_unusable_golden_file_is_refused_never_passed(engine: EchoEngine, golden: Any) -> None:
     with pytest.raises(EngineError, match="ENGINE_GOLDEN"):
         await engine.self_test(golden)
+
+
+# --- vectors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def embedder() -> EchoEngine:
+    made = EchoEngine("magpie", "embed")
+    await made.start()
+    return made
+
+
+async def vector(engine: EchoEngine, text: str) -> list[float]:
+    _, body = await post(engine.app, "/v1/embeddings", {"model": "magpie", "input": text})
+    values: list[float] = json.loads(body)["data"][0]["embedding"]
+    return values
+
+
+async def test_right_vectors_pass_up_to_rounding(embedder: EchoEngine) -> None:
+    golden = [{"input": t, "embedding": [round(v, 4) for v in await vector(embedder, t)]} for t in ("one", "two words")]
+    await embedder.self_test(golden)
+    assert len(embedder.calls) == 2 + 4
+
+
+@pytest.mark.parametrize("change", ["other", "short", "long", "zero", "nan", "scaled", "words"])
+async def test_other_vectors_are_refused(change: str, embedder: EchoEngine) -> None:
+    right = await vector(embedder, "one")
+    wrong: Any = {
+        "other": await vector(embedder, "two"),
+        "short": right[:-1],
+        "long": [*right, 0.0],
+        "zero": [0.0] * len(right),
+        "nan": [float("nan")] * len(right),
+        "scaled": [2 * v for v in right],
+        "words": "x" * len(right),
+    }[change]
+    with pytest.raises(EngineError, match="golden vector 0") as refused:
+        await embedder.self_test([{"input": "one", "embedding": wrong}])
+    assert refused.value.code == "ENGINE_SELF_TEST"
+
+
+async def test_answers_of_the_other_kind_are_not_usable(engine: EchoEngine, embedder: EchoEngine) -> None:
+    with pytest.raises(EngineError, match="ENGINE_GOLDEN"):
+        await embedder.self_test(GOLDEN)
+    with pytest.raises(EngineError, match="ENGINE_GOLDEN"):
+        await engine.self_test([{"input": "one", "embedding": [1.0]}])
