@@ -361,6 +361,16 @@ def test_a_connection_step_that_says_nothing_is_refused(monkeypatch: pytest.Monk
     assert honest.verify_channel(proof, first=first).codes == ("VERIFIER_INCOMPLETE",)
 
 
+@pytest.mark.parametrize("step", ["_signature", "_from_the_start"])
+def test_a_quote_that_nobody_judged_is_refused(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = genuine()
+    proof, first = honest.channel(), honest.verify()
+    if step == "_from_the_start":
+        proof = another_quoting_enclave(honest, proof)
+    monkeypatch.setattr(f"attestation.connection.{step}", lambda *a, **k: None)
+    assert honest.verify_channel(proof, first=first).codes == ("VERIFIER_INCOMPLETE",)
+
+
 def test_fresh_evidence_that_nobody_judged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = genuine(policy=FRESH)
     proof, first = honest.channel(gpu=True), honest.verify()

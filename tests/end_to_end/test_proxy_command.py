@@ -197,11 +197,11 @@ def test_head_without_an_end_is_cut(running: str) -> None:
     host, port = running.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), 10) as client:
         client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n")
-        with pytest.raises(OSError):  # the kernel may take some more before it tells
+        with pytest.raises((ConnectionError, EOFError)):  # the kernel may take some more before it tells
             for _ in range(200):
                 client.sendall(b"x-more: " + b"y" * 4096 + b"\r\n")
             if not client.recv(1):
-                raise OSError("closed")
+                raise EOFError
 
 
 def test_proxy_prints_nothing_of_a_request(live: Service) -> None:

@@ -152,6 +152,8 @@ async def test_answer_that_names_no_receipt_does_not_pass(server: Server, story:
     async with local(server, story) as made:
         told = await made.ask()
         assert (told.status, told.error) == (502, "receipt_missing")
+    well_formed = "nobody" in headers  # only such a name is asked for
+    assert server.requests == [PROVE, CHAT, *["GET /v1/aci/receipts/nobody-has-it"] * well_formed]
 
 
 async def test_without_the_check_a_wrong_receipt_would_pass(
