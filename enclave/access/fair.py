@@ -17,13 +17,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
+from types import TracebackType
 from typing import Final
 
 from attestation.errors import VouchsafeError
 
-__all__ = ["MAX_WAITING", "MAX_WAITING_PER_KEY", "Busy", "FairQueue"]
+__all__ = ["MAX_WAITING", "MAX_WAITING_PER_KEY", "Busy", "FairQueue", "Slot"]
 
 MAX_WAITING: Final = 1024
 MAX_WAITING_PER_KEY: Final = 64
@@ -45,6 +45,24 @@ class Busy(VouchsafeError):
     def __init__(self, reason: str, most: int, retry_after_ms: int) -> None:
         self.retry_after_ms = retry_after_ms
         super().__init__("ACCESS_BUSY", reason, expected=f"<= {most}", hint=f"try again in {retry_after_ms} ms")
+
+
+class Slot:
+    """One slot, once entered. Not a generator: one that is dropped while waiting would keep its place."""
+
+    __slots__ = ("_began", "_key_id", "_queue")
+
+    def __init__(self, queue: FairQueue, key_id: str) -> None:
+        self._queue, self._key_id, self._began = queue, key_id, 0
+
+    async def __aenter__(self) -> None:
+        await self._queue._take(self._key_id)
+        self._began = self._queue._clock()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._queue._give_back(self._queue._clock() - self._began)
 
 
 class FairQueue:
@@ -84,16 +102,10 @@ class FairQueue:
     def keys_waiting(self) -> int:
         return len(self._keys)
 
-    @asynccontextmanager
-    async def slot(self, key_id: str) -> AsyncIterator[None]:
-        """Hold a slot in the name of *key_id*. Raises `Busy`, at once or while waiting (3)."""
-        await self._take(key_id)
-        began = self._clock()
-        try:
-            yield
-        finally:
-            self._held_ms += (max(0, self._clock() - began) / _MS - self._held_ms) / 16
-            self._pass_on()
+    def slot(self, key_id: str) -> Slot:
+        """`async with queue.slot(key_id):` holds a slot in the name of that key. Raises `Busy`, at once or after
+        waiting for some time (3)."""
+        return Slot(self, key_id)
 
     async def _take(self, key_id: str) -> None:
         if self._free:  # (1) nobody waits then
@@ -112,6 +124,11 @@ class FairQueue:
             raise
         if not granted:
             raise Busy("the queue is full and another key's turn was due", self._max_waiting, self._retry(1))
+
+    def _give_back(self, held: int) -> None:
+        """After *held* nanoseconds."""
+        self._held_ms += (max(0, held) / _MS - self._held_ms) / 16
+        self._pass_on()
 
     def _make_room(self, key_id: str) -> None:
         """(3) Raises `Busy`."""
