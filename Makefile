@@ -19,7 +19,7 @@ help: ## this list
 system: ## Debian packages that other targets need (root)
 	@if [ "$$(id -u)" != 0 ]; then echo "error: make system needs root"; echo "hint: sudo make system"; exit 1; fi
 	DEBIAN_FRONTEND=noninteractive apt-get update -qq
-	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv python3-dev gcc g++ make git openssl
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv python3-dev gcc g++ make git openssl curl
 
 setup: ## .venv with everything the other targets need (no root; TORCH_INDEX=URL where pip finds no CPU build of torch)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON)"; echo "hint: \`make system\` as root, or make setup PYTHON=/path/to/python3.11"; exit 1; }
