@@ -1,4 +1,8 @@
-"""The real vLLM for tests: one boot per test run (`live_engine`), in a process of its own (`tests.engine_host`)."""
+"""The real vLLM for tests, booted once per test run (`live_engine`) in a process of its own (`tests.engine_host`).
+
+Three models side by side: the parrot mounted in process, the parrot again and the magpie as processes. Each takes about
+2 GB and half a minute, and they start one after another.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,12 @@ import pytest
 
 from enclave.engine import processes
 from tests.enclave.api.client import Connection
+from tests.engine_models import Model
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Path(os.environ.get("VOUCHSAFE_TEST_MODEL", ROOT / "tests" / "model" / "parrot"))
-BOOT_SECONDS = 240
+MAGPIE = ROOT / "tests" / "model" / "magpie"
+BOOT_SECONDS = 600
 
 
 @dataclass
@@ -32,11 +38,13 @@ class LiveEngine:
 
     base_url    of the gateway, plain HTTP on loopback
     children    pid → start time of the processes below the host
+    processes   models that are served by processes of their own
     connection  holds the identity that signs its receipts
     """
 
     process: subprocess.Popen[bytes]
     folder: Path
+    processes: tuple[str, ...] = ()
     connection: Connection = field(default_factory=Connection)
 
     @property
@@ -66,10 +74,23 @@ class LiveEngine:
     def children(self) -> dict[int, str]:
         return {int(pid): start for pid, start in self.reported("children", BOOT_SECONDS).items()}
 
-    @property
-    def core(self) -> int:
-        """pid of the engine core."""
-        named = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in processes.alive(self.children)}
+    def worker(self, model: str) -> int:
+        """pid of the process that serves *model* now."""
+        wanted = f"--id={model}".encode()
+        for pid in processes.descendants(self.process.pid):
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if wanted in line and b"enclave.engine.worker" in line:
+                return pid
+        raise AssertionError(f"no process serves {model}")
+
+    def core(self, front: int) -> int:
+        """pid of the engine core of *front*: this host's process, or a worker."""
+        below = processes.descendants(front)
+        if front == self.process.pid:
+            for model in self.processes:
+                worker = self.worker(model)
+                below = {p: s for p, s in below.items() if p not in processes.descendants(worker)}
+        named = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in below}
         return next(pid for pid, line in named.items() if line.startswith(b"VLLM::EngineCore"))
 
     @property
@@ -82,10 +103,11 @@ class LiveEngine:
         if any("children" in line for line in self.reports):
             children = self.children
         if self.process.poll() is None:
+            children |= processes.descendants(self.process.pid)
             self.process.send_signal(signal.SIGTERM)
         try:
-            assert self.process.wait(60) == 0, self.output[-2000:].decode()
-            assert self.reported("left", 1).keys() <= {str(pid) for pid in children}
+            assert self.process.wait(90) == 0, self.output[-2000:].decode()
+            assert not self.reported("left", 1)
         finally:
             if self.process.poll() is None:
                 self.process.kill()
@@ -113,14 +135,13 @@ def need_engine() -> None:
 
 
 @contextmanager
-def engine_host(
-    model: Path = MODEL, *, say: str = "", environment: dict[str, str] | None = None
-) -> Iterator[LiveEngine]:
+def engine_host(*models: Model, say: str = "", environment: dict[str, str] | None = None) -> Iterator[LiveEngine]:
     """Boot one. The runtime folder's path is short: ZMQ's unix sockets live below it (107 bytes)."""
     with tempfile.TemporaryDirectory(prefix="vs-engine-") as name:
         folder = Path(name)
         (folder / "run").mkdir(mode=0o700)
-        line = [sys.executable, "-m", "tests.engine_host", str(model), str(folder / "run"), str(folder / "report")]
+        asked = json.dumps([m.fields() for m in models])
+        line = [sys.executable, "-m", "tests.engine_host", str(folder / "run"), str(folder / "report"), asked]
         with (folder / "output").open("wb") as output:
             process = subprocess.Popen(
                 [*line, "--say", say],
@@ -130,7 +151,7 @@ def engine_host(
                 stderr=output,
                 env={**os.environ, **(environment or {})},
             )
-        live = LiveEngine(process, folder)
+        live = LiveEngine(process, folder, tuple(m.id for m in models if m.placement == "process"))
         try:
             yield live
         finally:
@@ -139,8 +160,16 @@ def engine_host(
 
 @pytest.fixture(scope="session")
 def live_engine() -> Iterator[LiveEngine]:
-    """The engine of this test run. Its end is a test as well: it must exit 0 and leave no process behind."""
+    """The engines of this test run. Their end is a test as well: they must exit 0 and leave no process behind."""
     need_engine()
-    with engine_host(say="POSITIVE-CONTROL") as live:
+    golden = ROOT / "tests" / "model" / "golden.json" if MODEL == ROOT / "tests" / "model" / "parrot" else None
+    models = (
+        Model(MODEL, "parrot", golden),
+        Model(MODEL, "second", golden, placement="process"),
+        Model(
+            MAGPIE, "magpie", MAGPIE.parent / "magpie-golden.json", placement="process", task="embed", max_model_len=512
+        ),
+    )
+    with engine_host(*models, say="POSITIVE-CONTROL") as live:
         assert live.base_url
         yield live

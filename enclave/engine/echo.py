@@ -95,7 +95,11 @@ class EchoEngine:
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = await receive()
-        call = Call(scope["path"], list(scope["headers"]), message["body"])
+        body = message["body"]
+        while message.get("more_body"):
+            message = await receive()
+            body += message.get("body", b"")
+        call = Call(scope["path"], list(scope["headers"]), body)
         self.calls.append(call)
         watch = asyncio.create_task(self._watch(call, receive))
         answer = asyncio.create_task(self._answer(call, send))
