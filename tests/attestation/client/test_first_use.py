@@ -281,12 +281,40 @@ def test_on_a_terminal_a_change_is_asked_about_and_no_is_the_default(tmp_path: P
     with served(first) as server:
         explorer = Explorer(tmp_path, server, first)
         assert explorer.run("--yes") == 0
-        met = explorer.row["first"]
+        raw = json.loads(explorer.file.read_text())
+        raw["services"][ORIGIN]["first"] = met = 1_700_000_000
+        explorer.file.write_text(json.dumps(raw))
         show(server, second)
         status, seen = explorer.on_a_terminal(typed, "--yes")
         assert seen.index("Mallory") < seen.index("Changed: operator. Is it still the service you meant? [y/N]")
         assert status == (0 if taken else 1) and ("FIRST_USE_CHANGED" in seen) != taken
         assert (explorer.row["operator"][0] == "Mallory") == taken and explorer.row["first"] == met
+
+
+class _Typed(io.StringIO):
+    """Text that comes from a terminal, or does not."""
+
+    def __init__(self, text: str, terminal: bool) -> None:
+        super().__init__(text)
+        self._terminal = terminal
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+@pytest.mark.parametrize(("typing", "reading"), [(False, False), (False, True), (True, False), (True, True)])
+def test_an_answer_counts_only_from_somebody_who_can_read_the_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typing: bool, reading: bool
+) -> None:
+    """`yes | vouchsafe …` is nobody's answer."""
+    first, second = told(), told(statement={"operator": "Mallory"})
+    with served(first) as server:
+        explorer = Explorer(tmp_path, server, first)
+        assert explorer.run("--yes") == 0
+        show(server, second)
+        monkeypatch.setattr(sys, "stdin", _Typed("y\n", typing))
+        monkeypatch.setattr(sys, "stderr", _Typed("", reading))
+        assert explorer.run() == (0 if typing and reading else 1)
 
 
 def test_several_services_share_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,11 +393,15 @@ def test_no_command_that_sends_anything_takes_it(command: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    "more", [["saved.bundle", "--first-use", "f"], [ORIGIN, "--yes"], [ORIGIN, "--first-use", "f", "--at", "1"]]
-)
-def test_what_makes_no_sense_is_a_usage_error(more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    ("more", "code"),
+    [
+        (["saved.bundle", "--first-use", "f"], "INPUT_USAGE"), ([ORIGIN, "--yes"], "INPUT_USAGE"),
+        ([ORIGIN, "--first-use", "f", "--at", "1"], "INPUT_TIME"),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_is_a_usage_error(more: list[str], code: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", *more]) == 2
-    assert "INPUT_" in capsys.readouterr().err
+    assert code in capsys.readouterr().err
 
 
 # --- the file ---
@@ -394,6 +426,15 @@ def test_damaged_file_is_an_error_and_never_a_first_use(
         assert explorer.run("--yes") == 2
         assert "INPUT_FIRST_USE" in capsys.readouterr().err
         assert explorer.file.read_bytes() == content and server.connections == []
+
+    exploring(tmp_path, told(), then)
+
+
+def test_file_that_cannot_be_read_is_not_a_first_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def then(explorer: Explorer, server: Server) -> None:
+        explorer.file.mkdir()
+        assert explorer.run("--yes") == 2
+        assert "INPUT_FIRST_USE" in capsys.readouterr().err and server.connections == []
 
     exploring(tmp_path, told(), then)
 
