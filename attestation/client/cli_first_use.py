@@ -51,7 +51,7 @@ def explore(options: Namespace, target: Target) -> int:
     if bundle is None:  # one of many certificates since; cannot be within one connection
         raise RefusedError("EVIDENCE_NONE", "the evidence that was accepted is no longer at hand")
     now = int(time.time())
-    return _Visit(options, target.origin, meetings, met, result, identify(result, bundle), now).end()
+    return _Visit(options, target.origin, meetings, met, policy, result, identify(result, bundle), now).end()
 
 
 def _unpinned(policy: Policy) -> Policy:
@@ -73,12 +73,14 @@ class _Visit:
         origin: str,
         meetings: Meetings,
         met: Meeting | None,
+        policy: Policy,
         result: AttestationResult,
         identity: Identity,
         now: int,
     ) -> None:
         self._options, self._origin, self._meetings, self._met = options, origin, meetings, met
         self._result, self._identity, self._now = result, identity, now
+        self._unappraised = isinstance(policy.release, Skip)
         self._changes = changes(met.identity, identity) if met else ()
         self._state = "new" if met is None else "changed" if self._changes else "unchanged"
 
@@ -108,7 +110,7 @@ class _Visit:
     def _confirm(self) -> None:
         """Return when the user takes the service for the one meant. Raises `RefusedError`."""
         if self._state == "new":
-            if self._options.yes or _asked("Is this the service you meant? It is recorded, and compared from now on"):
+            if self._options.yes or _asked("Record this as the service you meant"):
                 return
             raise RefusedError(
                 "FIRST_USE_DECLINED", "not recorded: you did not say yes", hint="nothing was sent and nothing kept"
@@ -143,8 +145,8 @@ class _Visit:
     def _who(self) -> list[str]:
         policy = short(self._result.policy[0])
         lines = [f"  platform  accepted under policy {policy}; no policy says whose service this must be", ""]
-        lines.append("  who it says it is (the operator in its own words: no key that you named signed them)")
-        return lines + _table(self._identity)
+        own = "operator, release, configuration, names and models are" if self._unappraised else "the operator is"
+        return [*lines, f"  who it says it is; {own} in its own words", *_table(self._identity)]
 
     def _rest(self, kept: Meeting) -> list[str]:
         words = {

@@ -1,8 +1,9 @@
 """Trust on first use, for exploration alone: who a service says it is, written down, and compared the next time.
 
-What is recorded follows from evidence that was accepted under a policy which pins no operator: release, configuration,
-names, models, platform and devices are what the hardware vouches for, the operator's name and key ids are the service's
-own words. A record says whom one met, never whom one meant: it satisfies no policy, and no user data flows under it.
+What is recorded follows from evidence that was accepted under a policy which pins no operator. Measurements, platform
+and devices are what the hardware vouches for. Operator, release, configuration, names and models are the words of what
+runs there, and worth as much as that: the operator's are self-asserted even where the policy pins the release. A record
+says whom one met, never whom one meant: it satisfies no policy, and no user data flows under it.
 The file is the user's own; what stands in it is read strictly, and a damaged one is an error, never an empty one.
 """
 
@@ -43,13 +44,13 @@ _KEY_ID: Final = re.compile(r"[0-9A-Za-z:+/=._-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a service says it is, each aspect as lines for people. The operator is self-asserted; the rest follows from
-    accepted evidence, as far as its policy asked.
+    """Who a service says it is, each aspect as lines for people. What that is worth: see the module's docstring.
 
     operator       name and key ids of the deployment statement that the quote commits to; empty without one
     release        SHA-256 of the manifest's payload, and the name and version in it
     configuration  SHA-256 of the measured configuration
     names, models  DNS names; model ids with their weights' digests
+    measurements   MRTD and RTMR0 to 2: the image. RTMR3 follows from release, configuration and models
     platform       platform instance id, or PPID
     devices        kind, model and identity serial of GPUs and switches
     roots          the trust anchors it rests on
@@ -60,6 +61,7 @@ class Identity:
     configuration: tuple[str, ...]
     names: tuple[str, ...]
     models: tuple[str, ...]
+    measurements: tuple[str, ...]
     platform: tuple[str, ...]
     devices: tuple[str, ...]
     roots: tuple[str, ...]
@@ -94,6 +96,7 @@ def identify(result: AttestationResult, bundle: Bundle) -> Identity:
         raise RefusedError("EVIDENCE_LEAF", "an identity follows from the evidence that was accepted, and no other")
     leaf = Leaf.parse(evidence.leaf)
     claims = Claims.decode(leaf.extension.claims)
+    tdx = result.claims["tdx"]
     devices = result.claims.get("gpu", {}).get("devices", [])
     found = Identity(
         operator=_operator(evidence.deployment, claims.deployment),
@@ -101,6 +104,7 @@ def identify(result: AttestationResult, bundle: Bundle) -> Identity:
         configuration=(f"sha256:{claims.config.hex()}",),
         names=claims.dns_names,
         models=tuple(f"{m.id} {m.weights}" for m in claims.models),
+        measurements=(f"mrtd {tdx['mrtd']}", *(f"rtmr{i} {r}" for i, r in enumerate(tdx["rtmrs"][:3]))),
         platform=_platform(Quote.parse(leaf.extension.quote)),
         devices=tuple(f"{d['kind']} {d['hwmodel']} {d['serial']}" for d in devices),
         roots=tuple(f"{a.name} sha256:{a.sha256.hex()}" for a in result.anchors),

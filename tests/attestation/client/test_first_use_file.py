@@ -22,7 +22,7 @@ def told(**changed: Any) -> Genuine:
     return genuine(**changed, policy=UNPINNED)
 
 
-GOOD = Identity(*[("one",)] * 8)
+GOOD = Identity(*[("one",)] * 9)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Identity)] + ["first", "since"])
