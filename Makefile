@@ -20,6 +20,9 @@ system: ## Debian packages that other targets need (root)
 	@if [ "$$(id -u)" != 0 ]; then echo "error: make system needs root"; echo "hint: sudo make system"; exit 1; fi
 	DEBIAN_FRONTEND=noninteractive apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends python3 python3-venv python3-dev gcc g++ make git openssl curl
+	@# Tests start PostgreSQL servers of their own: Debian's package is told to make and start no cluster.
+	@d=/etc/postgresql-common/createcluster.d; mkdir -p $$d && echo "create_main_cluster = false" > $$d/vouchsafe.conf; \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql; s=$$?; rm -f $$d/vouchsafe.conf; exit $$s
 
 setup: ## .venv with everything the other targets need (no root; TORCH_INDEX=URL where pip finds no CPU build of torch)
 	@command -v $(PYTHON) >/dev/null || { echo "error: no $(PYTHON)"; echo "hint: \`make system\` as root, or make setup PYTHON=/path/to/python3.11"; exit 1; }

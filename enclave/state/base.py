@@ -43,7 +43,7 @@ class StateConflict(StateError):
 
 
 class Backend(Protocol):
-    """One journal's blobs. Every call has a bound in time and raises `StateError`; none is made twice at once."""
+    """One journal's blobs. Calls raise `StateError`, may overlap, and over a network have a bound in time."""
 
     async def append(self, first_seq: int, blobs: Sequence[bytes]) -> None:
         """Store *blobs* as rows *first_seq*, *first_seq* + 1, …: all or none, durable when this returns.

@@ -377,7 +377,9 @@ class Journal:
     def _fail(self, err: StateError, batch: list[_Append]) -> None:
         self._failure = err
         for append in (*batch, *self._queue):
-            _refuse(append.done, StateError(err.code, err.reason, hint=err.hint))
+            _refuse(
+                append.done, StateError(err.code, err.reason, expected=err.expected, actual=err.actual, hint=err.hint)
+            )
         self._queue.clear()
         self._queued = self._queued_bytes = 0
 

@@ -52,6 +52,7 @@ _TRANSIENT: Final = (
     asyncpg.TooManyConnectionsError,
     asyncpg.TransactionRollbackError,  # deadlock, serialization
     asyncpg.InterfaceError,  # the connection was closed under us
+    asyncpg.InternalClientError,  # the same, in the midst of an answer: asyncpg has lost count
 )
 
 
@@ -118,7 +119,11 @@ class PostgresBackend:
 
     async def read(self, from_seq: int, limit: int) -> list[tuple[int, bytes]]:
         async def select(connection: _Connection) -> list[tuple[int, bytes]]:
-            return [(int(row[0]), bytes(row[1])) for row in await connection.fetch(_READ, from_seq, limit)]
+            rows = [(row[0], row[1]) for row in await connection.fetch(_READ, from_seq, limit)]
+            # The server says of which types its answer is; bytes(number) would be as many zeros.
+            if not all(type(seq) is int and type(sealed) is bytes for seq, sealed in rows):
+                raise StateError("STATE_STORAGE", "a stored row has values of the wrong type")
+            return rows
 
         return await self._run(select)
 

@@ -95,6 +95,14 @@ def test_record_in_another_form_is_refused_even_under_the_key(text: bytes) -> No
         Sealer(KEY, ID).open(7, HEAD, bytes(12) + aead.encrypt(bytes(12), text, data))
 
 
+@given(st.binary(max_size=700), st.sampled_from([b"", Header(ID, NOW).seal(KEY)[:18]]))
+def test_bytes_of_the_hosts_choosing_are_refused_by_code(raw: bytes, start: bytes) -> None:
+    with pytest.raises(StateError, match=r"STATE_(HEADER|KEY)"):
+        Header.open(KEY, start + raw)
+    with pytest.raises(StateError, match="STATE_RECORD"):
+        Sealer(KEY, ID).open(1, HEAD, raw.ljust(545, b"x") if start else raw)
+
+
 def test_sealer_has_no_text_copy_or_pickle() -> None:
     sealer = Sealer(KEY, ID)
     assert repr(sealer) == "<Sealer>"
