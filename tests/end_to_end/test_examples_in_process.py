@@ -14,6 +14,7 @@ IN_PROCESS = commands("in process")
 each_command = pytest.mark.parametrize("command", IN_PROCESS)
 
 WITH_RECEIPTS = {"openai_sync.py", "openai_async.py", "langchain_chat.py", "litellm_chat.py"}
+ASYNC_TOO = {"langchain_chat.py", "litellm_chat.py"}
 
 
 def test_page_names_and_runs_every_example() -> None:
@@ -40,6 +41,8 @@ def test_example_verifies_then_answers(shell: Shell, live_stack: Stack, command:
     assert known_answer(asked) in done.stdout
     if program(command) in WITH_RECEIPTS:
         assert "receipt: accepted" in done.stdout
+    if program(command) in ASYNC_TOO:
+        assert f"async: {known_answer(asked)}" in done.stdout
 
 
 @each_command
