@@ -11,19 +11,28 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final
 
-from attestation.errors import VouchsafeError
+from enclave.access.checks import (
+    AccessError,
+    check_name,
+    check_number,
+    check_role,
+    check_scopes,
+    find,
+    fresh,
+    read_permissions,
+    room,
+    told_permissions,
+)
 from enclave.access.events import GENESIS, Event, EventError
 from enclave.access.records import (
     DEFAULT_SCOPES,
-    SCOPES,
     AdminKey,
     ApiKey,
     ModelLimit,
-    ModelPermissions,
     Project,
     Role,
     Secret,
@@ -36,16 +45,13 @@ __all__ = ["AccessError", "Caller", "Organization"]
 MAX_PROJECTS: Final = 1000
 MAX_ACCOUNTS: Final = 1000
 MAX_KEYS: Final = 10_000
-MAX_NAME: Final = 128
 MAX_GRACE: Final = 7 * 86400
+MAX_SECONDS: Final = 31_536_000
+"""How long a key that expires may last."""
+MAX_CENTS: Final = 10**12
 BOOTSTRAP: Final = "bootstrap"
 
-T = TypeVar("T")
 Append = Callable[[bytes], Awaitable[None]]
-
-
-class AccessError(VouchsafeError):
-    """A command that cannot be carried out. `ACCESS_NOT_FOUND`, `ACCESS_INVALID`, `ACCESS_TOO_MANY`, `ACCESS_STATE`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +81,7 @@ class Organization:
         self.accounts: dict[str, ServiceAccount] = {}
         self.keys: dict[str, ApiKey] = {}
         self.admin_keys: dict[str, AdminKey] = {}
+        self.spend_limit_cents: int | None = None
         self._by_digest: dict[bytes, str] = {}
         self._admin_by_digest: dict[bytes, str] = {}
         self._watchers: dict[str, set[asyncio.Future[None]]] = {}
@@ -138,14 +145,16 @@ class Organization:
 
     async def create_admin_key(self, actor: str, name: str, seconds: int | None = None) -> tuple[AdminKey, Made]:
         async with self._lock:
-            _number("expires_in_seconds", seconds, 1, 31_536_000)
-            _room(self.admin_keys, MAX_KEYS, "admin keys")
-            return await self._new_admin_key(actor, _name(name), None if seconds is None else self._clock() + seconds)
+            check_number("expires_in_seconds", seconds, 1, MAX_SECONDS)
+            room(self.admin_keys, MAX_KEYS, "admin keys")
+            return await self._new_admin_key(
+                actor, check_name(name), None if seconds is None else self._clock() + seconds
+            )
 
     async def delete_admin_key(self, actor: str, id: str) -> None:
         """The last one cannot be deleted: nobody could ever administer the organisation again."""
         async with self._lock:
-            _find(self.admin_keys, id, "admin key")
+            find(self.admin_keys, id, "admin key")
             now = self._clock()
             left = [k for k in self.admin_keys.values() if k.id != id and (k.expires_at is None or k.expires_at > now)]
             if not left:
@@ -154,9 +163,9 @@ class Organization:
 
     async def create_project(self, actor: str, name: str) -> Project:
         async with self._lock:
-            _room(self.projects, MAX_PROJECTS, "projects")
+            room(self.projects, MAX_PROJECTS, "projects")
             id = _new_id("proj")
-            await self._do("project.created", actor, id, id, {"name": _name(name)})
+            await self._do("project.created", actor, id, id, {"name": check_name(name)})
             return self.projects[id]
 
     async def update_project(self, actor: str, id: str, **changes: Any) -> Project:  # Any: as named below
@@ -165,11 +174,11 @@ class Organization:
             self._active_project(id)
             data: dict[str, Any] = {}  # Any: JSON values
             if "name" in changes:
-                data["name"] = _name(changes["name"])
+                data["name"] = check_name(changes["name"])
             if "permissions" in changes:
-                data["permissions"] = _told_permissions(changes["permissions"])
+                data["permissions"] = told_permissions(changes["permissions"])
             if "spend_limit_cents" in changes:
-                _number("threshold_amount", changes["spend_limit_cents"], 0, 10**12)
+                check_number("threshold_amount", changes["spend_limit_cents"], 0, MAX_CENTS)
                 data["spend_limit_cents"] = changes["spend_limit_cents"]
             if not data or changes.keys() - data.keys():
                 raise AccessError("ACCESS_INVALID", "nothing to change, or nothing that can be changed")
@@ -183,31 +192,56 @@ class Organization:
             await self._do("project.archived", actor, id, id, {})
             return self.projects[id]
 
+    async def set_spend_limit(self, actor: str, cents: int | None) -> None:
+        """What the whole organisation may spend in a calendar month; None: no limit."""
+        async with self._lock:
+            check_number("threshold_amount", cents, 0, MAX_CENTS)
+            await self._do("organization.updated", actor, "organization", "", {"spend_limit_cents": cents})
+
     async def set_limit(self, actor: str, project_id: str, model: str, limit: ModelLimit | None) -> None:
         """Limits of *model* in a project; None removes them."""
         async with self._lock:
             self._active_project(project_id)
-            if limit is None:
-                await self._do("rate_limit.deleted", actor, model, project_id, {})
-                return
-            data = {name: getattr(limit, name) for name in ModelLimit.__slots__}
-            for name, value in data.items():
-                _number(name, value, 0, 2**53 - 1)
-            await self._do("rate_limit.updated", actor, model, project_id, data)
+            await self._limit(actor, project_id, model, limit)
+
+    async def update_limit(
+        self, actor: str, project_id: str, model: str, changes: Mapping[str, int | None]
+    ) -> ModelLimit:
+        """Change some limits of *model* and leave the others; None: not limited. What changes nothing is no event."""
+        async with self._lock:
+            before = self._active_project(project_id).limits.get(model, ModelLimit())
+            if changes.keys() - set(ModelLimit.__slots__):
+                raise AccessError("ACCESS_INVALID", "limits", expected=list(ModelLimit.__slots__))
+            after = replace(before, **changes)
+            if after != before:
+                await self._limit(actor, project_id, model, None if after == ModelLimit() else after)
+            return after
 
     async def create_account(self, actor: str, project_id: str, name: str, role: Role = "member") -> ServiceAccount:
         async with self._lock:
             self._active_project(project_id)
-            _room([a for a in self.accounts.values() if a.project_id == project_id], MAX_ACCOUNTS, "service accounts")
+            room([a for a in self.accounts.values() if a.project_id == project_id], MAX_ACCOUNTS, "service accounts")
             id = _new_id("svc_acct")
-            data = {"name": _name(name), "role": _role(role)}
+            data = {"name": check_name(name), "role": check_role(role)}
             await self._do("service_account.created", actor, id, project_id, data)
+            return self.accounts[id]
+
+    async def update_account(self, actor: str, id: str, **changes: Any) -> ServiceAccount:  # Any: as named below
+        """*changes*: name, role."""
+        async with self._lock:
+            account = find(self.accounts, id, "service account")
+            self._active_project(account.project_id)
+            if not changes or changes.keys() - {"name", "role"}:
+                raise AccessError("ACCESS_INVALID", "nothing to change, or nothing that can be changed")
+            check: dict[str, Callable[[object], str]] = {"name": check_name, "role": check_role}
+            data = {what: check[what](value) for what, value in changes.items()}
+            await self._do("service_account.updated", actor, id, account.project_id, data)
             return self.accounts[id]
 
     async def delete_account(self, actor: str, id: str) -> None:
         """Its keys stop to open at once."""
         async with self._lock:
-            account = _find(self.accounts, id, "service account")
+            account = find(self.accounts, id, "service account")
             await self._do("service_account.deleted", actor, id, account.project_id, {})
 
     async def create_key(
@@ -215,27 +249,47 @@ class Organization:
     ) -> tuple[ApiKey, Made]:
         """A new inference key; its value is in the second part and nowhere else."""
         async with self._lock:
-            account = _find(self.accounts, account_id, "service account")
+            account = find(self.accounts, account_id, "service account")
             self._active_project(account.project_id)
-            _room(self.keys, MAX_KEYS, "keys")
-            _number("expires_in_seconds", seconds, 1, 31_536_000)
-            wanted = DEFAULT_SCOPES if scopes is None else frozenset(scopes)
-            if not wanted or not wanted <= SCOPES:
-                raise AccessError("ACCESS_INVALID", "scopes", expected=sorted(SCOPES), actual=sorted(wanted))
+            room(self.keys, MAX_KEYS, "keys")
+            check_number("expires_in_seconds", seconds, 1, MAX_SECONDS)
+            wanted = DEFAULT_SCOPES if scopes is None else check_scopes(scopes)
             id, made = _new_id("key"), self._pepper.make("inference")
             data = {
-                "kind": "inference", "owner": account_id, "name": _name(name), "scopes": sorted(wanted),
+                "kind": "inference", "owner": account_id, "name": check_name(name), "scopes": sorted(wanted),
                 "digest": made.digest.hex(), "redacted": made.redacted,
                 "expires_at": None if seconds is None else self._clock() + seconds,
             }  # fmt: skip
             await self._do("api_key.created", actor, id, account.project_id, data)
             return self.keys[id], made
 
+    async def update_key(
+        self, actor: str, id: str, *, scopes: Iterable[str] | None = None, seconds: int | None = None
+    ) -> ApiKey:
+        """Replace its scopes, or let it expire *seconds* from now; None leaves as it is. Not for one that expired."""
+        async with self._lock:
+            key = self._live_key(id)
+            self._active_project(key.project_id)
+            now = self._clock()
+            if key.expires_at is not None and now >= key.expires_at:
+                raise AccessError("ACCESS_STATE", "the key has expired")
+            check_number("expires_in_seconds", seconds, 1, MAX_SECONDS)
+            data: dict[str, Any] = {}  # Any: JSON values
+            if scopes is not None:
+                data["scopes"] = sorted(check_scopes(scopes))
+            if seconds is not None:
+                data["expires_at"] = now + seconds
+            if not data:
+                raise AccessError("ACCESS_INVALID", "nothing to change, or nothing that can be changed")
+            await self._do("api_key.updated", actor, id, key.project_id, data)
+            return self.keys[id]
+
     async def rotate_key(self, actor: str, id: str, grace: int) -> tuple[ApiKey, Made]:
         """A new value for the same key. The old one opens it for *grace* seconds more; one before that no longer."""
         async with self._lock:
             key = self._live_key(id)
-            _number("grace_seconds", grace, 0, MAX_GRACE)
+            self._active_project(key.project_id)
+            check_number("grace_seconds", grace, 0, MAX_GRACE)
             made = self._pepper.make("inference")
             data = {"digest": made.digest.hex(), "redacted": made.redacted, "until": self._clock() + grace}
             await self._do("api_key.updated", actor, id, key.project_id, data)
@@ -277,27 +331,39 @@ class Organization:
         await self._do("api_key.created", actor, id, "", data)
         return self.admin_keys[id], made
 
+    async def _limit(self, actor: str, project_id: str, model: str, limit: ModelLimit | None) -> None:
+        if limit is None:
+            await self._do("rate_limit.deleted", actor, model, project_id, {})
+            return
+        data = {name: getattr(limit, name) for name in ModelLimit.__slots__}
+        for name, value in data.items():
+            check_number(name, value, 0, 2**53 - 1)
+        await self._do("rate_limit.updated", actor, model, project_id, data)
+
     def _active_project(self, id: str) -> Project:
-        project = _find(self.projects, id, "project")
+        project = find(self.projects, id, "project")
         if not project.active:
             raise AccessError("ACCESS_STATE", "the project is archived")
         return project
 
     def _live_key(self, id: str) -> ApiKey:
-        key = _find(self.keys, id, "key")
+        key = find(self.keys, id, "key")
         if key.revoked_at is not None:
             raise AccessError("ACCESS_NOT_FOUND", "no such key")
         return key
 
     # one function per event; each may raise KeyError, TypeError or ValueError for an event that makes no sense
 
+    def _organization_updated(self, e: Event) -> None:
+        self.spend_limit_cents = e.data["spend_limit_cents"]
+
     def _project_created(self, e: Event) -> None:
-        self.projects[_fresh(self.projects, e.subject)] = Project(e.subject, e.data["name"], e.at)
+        self.projects[fresh(self.projects, e.subject)] = Project(e.subject, e.data["name"], e.at)
 
     def _project_updated(self, e: Event) -> None:
         changes: dict[str, Any] = dict(e.data)  # Any: JSON values
         if "permissions" in changes:
-            changes["permissions"] = _read_permissions(changes["permissions"])
+            changes["permissions"] = read_permissions(changes["permissions"])
         self.projects[e.subject] = replace(self.projects[e.subject], **changes)
 
     def _project_archived(self, e: Event) -> None:
@@ -315,7 +381,10 @@ class Organization:
 
     def _account_created(self, e: Event) -> None:
         made = ServiceAccount(e.subject, self.projects[e.project].id, e.data["name"], e.data["role"], e.at)
-        self.accounts[_fresh(self.accounts, e.subject)] = made
+        self.accounts[fresh(self.accounts, e.subject)] = made
+
+    def _account_updated(self, e: Event) -> None:
+        self.accounts[e.subject] = replace(self.accounts[e.subject], **e.data)
 
     def _account_deleted(self, e: Event) -> None:
         del self.accounts[e.subject]
@@ -326,12 +395,12 @@ class Organization:
         d = e.data
         secret = Secret(bytes.fromhex(d["digest"]), d["redacted"])
         if d["kind"] == "admin":
-            id = _fresh(self.admin_keys, e.subject)
+            id = fresh(self.admin_keys, e.subject)
             self.admin_keys[id] = AdminKey(id, d["name"], secret, e.at, d["expires_at"])
             self._admin_by_digest[secret.digest] = id
             return
         owner = self.accounts[d["owner"]]
-        id = _fresh(self.keys, e.subject)
+        id = fresh(self.keys, e.subject)
         self.keys[id] = ApiKey(
             id, owner.project_id, owner.id, d["name"], (secret,), frozenset(d["scopes"]), e.at, d["expires_at"]
         )
@@ -339,6 +408,10 @@ class Organization:
 
     def _key_updated(self, e: Event) -> None:
         key, d = self.keys[e.subject], e.data
+        if "digest" not in d:  # no rotation
+            expires, scopes = d.get("expires_at", key.expires_at), frozenset(d.get("scopes", key.scopes))
+            self.keys[key.id] = replace(key, expires_at=expires, scopes=scopes)
+            return
         newest, *older = key.secrets
         for secret in older:
             del self._by_digest[secret.digest]
@@ -367,12 +440,14 @@ class Organization:
 
 
 _APPLY: Final[dict[str, Callable[[Organization, Event], None]]] = {
+    "organization.updated": Organization._organization_updated,
     "project.created": Organization._project_created,
     "project.updated": Organization._project_updated,
     "project.archived": Organization._project_archived,
     "rate_limit.updated": Organization._limit_updated,
     "rate_limit.deleted": Organization._limit_deleted,
     "service_account.created": Organization._account_created,
+    "service_account.updated": Organization._account_updated,
     "service_account.deleted": Organization._account_deleted,
     "api_key.created": Organization._key_created,
     "api_key.updated": Organization._key_updated,
@@ -382,49 +457,3 @@ _APPLY: Final[dict[str, Callable[[Organization, Event], None]]] = {
 
 def _new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(12)}"
-
-
-def _find(table: dict[str, T], id: str, what: str) -> T:
-    found = table.get(id)
-    if found is None:
-        raise AccessError("ACCESS_NOT_FOUND", f"no such {what}")
-    return found
-
-
-def _fresh(table: dict[str, Any], id: str) -> str:  # Any: the table's own values
-    if id in table:
-        raise ValueError("an id stands twice")
-    return id
-
-
-def _room(table: Any, most: int, what: str) -> None:  # Any: sized
-    if len(table) >= most:
-        raise AccessError("ACCESS_TOO_MANY", f"too many {what}", expected=f"<= {most}")
-
-
-def _name(text: object) -> str:
-    if not isinstance(text, str) or not 1 <= len(text) <= MAX_NAME or not text.isprintable():
-        raise AccessError("ACCESS_INVALID", "name", expected=f"1 to {MAX_NAME} printable characters")
-    return text
-
-
-def _role(role: object) -> Role:
-    if role not in ("owner", "member", "none"):
-        raise AccessError("ACCESS_INVALID", "role", expected="owner, member or none")
-    return role
-
-
-def _number(what: str, value: object, low: int, high: int) -> None:
-    if value is not None and (type(value) is not int or not low <= value <= high):
-        raise AccessError("ACCESS_INVALID", what, expected=f"an integer from {low} to {high}")
-
-
-def _told_permissions(permissions: ModelPermissions | None) -> dict[str, Any] | None:  # Any: JSON values
-    if permissions is None:
-        return None
-    mode: Literal["allow_list", "deny_list"] = permissions.mode
-    return {"mode": mode, "model_ids": sorted(permissions.model_ids)}
-
-
-def _read_permissions(told: dict[str, Any] | None) -> ModelPermissions | None:  # Any: JSON values
-    return None if told is None else ModelPermissions(told["mode"], frozenset(told["model_ids"]))

@@ -1,7 +1,8 @@
 """The gateway: everything that arrives in the attested channel enters here, and what is not in its table is a 404.
 
 One table, `(method, exact path) → handler`. Attestation and health routes are given to it ready-made and need no key;
-models, inference and receipts are its own and do. No pattern matching, no sub-application, no websocket. Runs in the
+models, inference and receipts are its own and do. What stands under `/v1/organization/` has a table of its own and a
+kind of key of its own (`enclave.api.admin`). No other pattern matching, no sub-application, no websocket. Runs in the
 enclave behind the TLS server, which puts the connection into `scope["vouchsafe"]`; it trusts nothing that a client
 sends and tells the log only what `Exchange.log` names.
 """
@@ -14,6 +15,8 @@ from typing import Final
 
 from enclave.access import KeyCheck
 from enclave.access.keys import bearer
+from enclave.api.admin import Admin
+from enclave.api.admin.routes import PREFIX
 from enclave.api.embeddings import EMBEDDINGS
 from enclave.api.errors import INTERNAL, INVALID_KEY, UNKNOWN_URL, Refused
 from enclave.api.exchange import Exchange
@@ -38,6 +41,7 @@ class Gateway:
     receipts  where receipts are kept
     public    routes that need no key: attestation and health
     ready     false until the boot has passed every stage, and again when the enclave stops
+    admin     what answers under `/v1/organization/`; without it nothing is there
     """
 
     def __init__(
@@ -48,10 +52,12 @@ class Gateway:
         receipts: ReceiptStore,
         public: Mapping[tuple[str, str], ASGIApp],
         ready: Callable[[], bool],
+        admin: Admin | None = None,
     ) -> None:
         self._engines = dict(engines)
         self._access = access
         self._receipts = receipts
+        self._admin = admin
         self._created = int(time.time())
         inference = Inference(engines=self._engines, access=access, receipts=receipts, ready=ready)
         self._table: dict[tuple[str, str], Handler] = {
@@ -65,14 +71,15 @@ class Gateway:
             ("GET", _RECEIPTS): self._get_receipt,
         }
         for key, app in public.items():
-            if key in self._table or any(key[1].startswith(prefix) for _, prefix in self._named):
+            if key in self._table or key[1].startswith((PREFIX, *(prefix for _, prefix in self._named))):
                 raise ValueError(f"route {key} stands twice")
             self._table[key] = _public(app)
 
     @property
     def routes(self) -> frozenset[tuple[str, str]]:
-        """Every route there is, as (method, path); the two that end in an id end in `{id}`."""
-        return frozenset(self._table) | {(method, prefix + "{id}") for method, prefix in self._named}
+        """Every route there is, as (method, path); ids are in braces."""
+        own = frozenset(self._table) | {(method, prefix + "{id}") for method, prefix in self._named}
+        return own if self._admin is None else own | self._admin.routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -102,6 +109,8 @@ class Gateway:
         if handler is not None and x.scope.get("raw_path") in (None, path.encode("utf-8")):
             x.route = path
             return handler
+        if self._admin is not None and path.startswith(PREFIX):
+            return self._admin.serve
         for (verb, prefix), named in self._named.items():
             if method == verb and path.startswith(prefix) and len(path) > len(prefix):
                 x.route = prefix + "id"

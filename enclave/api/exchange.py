@@ -10,17 +10,21 @@ from collections.abc import Iterable
 from typing import Final, Protocol
 
 from enclave import telemetry
-from enclave.api.errors import Refusal
+from enclave.api.errors import TOO_LARGE, TOO_SLOW, Refusal, Refused
 from enclave.engine.base import Message, Receive, Scope, Send
 from enclave.receipts import SigningIdentity
 
-__all__ = ["Exchange", "header"]
+__all__ = ["Exchange", "Gone", "header"]
 
 API_VERSION: Final = b"2020-10-01"
 """`openai-version`: the only one OpenAI has ever sent."""
 WRITE_SECONDS: Final = 120.0
 _CLIENT_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 JSON: Final = b"application/json"
+
+
+class Gone(Exception):
+    """The caller hung up before its request was complete: there is nobody to answer."""
 
 
 class _Connection(Protocol):
@@ -81,6 +85,25 @@ class Exchange:
         if own is not None and _CLIENT_ID.fullmatch(own):
             made.append((b"x-client-request-id", own))
         return made
+
+    async def read(self, most: int, seconds: float) -> bytes:
+        """The whole body, at most *most* bytes within *seconds*. Raises Refused 413 or 408, or Gone."""
+        parts: list[bytes] = []
+        try:
+            async with asyncio.timeout(seconds):
+                while True:
+                    message = await self.receive()
+                    if message["type"] == "http.disconnect":
+                        raise Gone
+                    part = message.get("body", b"")
+                    self.bytes_in += len(part)
+                    if self.bytes_in > most:
+                        raise Refused(TOO_LARGE)
+                    parts.append(part)
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
+        except TimeoutError:
+            raise Refused(TOO_SLOW) from None
 
     async def start(self, status: int, extra: Iterable[tuple[bytes, bytes]]) -> None:
         """Status and headers. The first byte of an answer: from here on the status can not change."""

@@ -25,7 +25,7 @@ from enclave.access import KeyCheck
 from enclave.access.keys import bearer
 from enclave.api import errors
 from enclave.api.errors import Refusal, Refused
-from enclave.api.exchange import Exchange, header
+from enclave.api.exchange import Exchange, Gone, header
 from enclave.api.requests import Admitted, Route, admit, parse
 from enclave.engine.base import Engine, EngineGone, Message
 from enclave.engine.call import inner_scope
@@ -43,10 +43,6 @@ IDLE_SECONDS: Final = 600.0
 GRACE_SECONDS: Final = 5.0
 """How long an engine may take to notice that the caller hung up."""
 _SSE: Final = b"text/event-stream"
-
-
-class _Gone(Exception):
-    """The caller hung up before its request was complete: there is nobody to answer."""
 
 
 class Inference:
@@ -70,8 +66,8 @@ class Inference:
     async def serve(self, x: Exchange, route: Route) -> None:
         key = self._access.allowed(bearer(x.scope["headers"]))  # (1)
         try:
-            body = await _read(x)
-        except _Gone:
+            body = await x.read(MAX_BODY, READ_SECONDS)
+        except Gone:
             x.outcome = "client_disconnected"
             return
         x.receipt_id = new_receipt_id()
@@ -109,26 +105,6 @@ class Inference:
         if self._running >= MAX_RUNNING:
             raise Refused(errors.BUSY)
         return admitted, engine
-
-
-async def _read(x: Exchange) -> bytes:
-    """The whole body, at most MAX_BODY bytes within READ_SECONDS. Raises Refused 413 or 408, or _Gone."""
-    parts: list[bytes] = []
-    try:
-        async with asyncio.timeout(READ_SECONDS):
-            while True:
-                message = await x.receive()
-                if message["type"] == "http.disconnect":
-                    raise _Gone
-                part = message.get("body", b"")
-                x.bytes_in += len(part)
-                if x.bytes_in > MAX_BODY:
-                    raise Refused(errors.TOO_LARGE)
-                parts.append(part)
-                if not message.get("more_body", False):
-                    return b"".join(parts)
-    except TimeoutError:
-        raise Refused(errors.TOO_SLOW) from None
 
 
 class _Record:

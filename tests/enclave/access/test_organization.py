@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 from dataclasses import replace
 from typing import Any
@@ -10,31 +9,10 @@ from typing import Any
 import pytest
 
 from enclave.access.events import GENESIS, Event, EventError
-from enclave.access.organization import AccessError, Organization
+from enclave.access.organization import AccessError
 from enclave.access.records import ModelLimit, ModelPermissions
 from enclave.access.secrets import Made, Pepper, kind_of
-
-STATE_KEY = bytes(range(32))
-
-
-class World:
-    """An organisation, its clock, and what was stored of it."""
-
-    def __init__(self, stored: list[bytes] | None = None, now: int = 1_800_000_000) -> None:
-        self.now, self.stored, self.broken = now, [*(stored or [])], False
-        self.organization = Organization(Pepper(STATE_KEY), self.append, lambda: self.now)
-        for raw in self.stored:
-            self.organization.replay(raw)
-
-    async def append(self, raw: bytes) -> None:
-        await asyncio.sleep(0)
-        if self.broken:
-            raise OSError("the disk is full")
-        self.stored.append(raw)
-
-    def again(self) -> World:
-        """After a restart."""
-        return World(self.stored, self.now)
+from tests.enclave.access.world import World
 
 
 async def with_key(world: World, **how: Any) -> tuple[str, str, Made]:
@@ -174,13 +152,86 @@ async def test_limits_and_spend_limit_are_kept() -> None:
     assert not world.again().organization.projects[project].limits
 
 
+async def test_limits_change_one_by_one() -> None:
+    world = World()
+    project, _, _ = await with_key(world)
+    o = world.organization
+    await o.update_limit("a", project, "parrot", {"max_requests_per_1_minute": 5})
+    assert await o.update_limit("a", project, "parrot", {"max_concurrent_requests": 2}) == ModelLimit(
+        5, None, None, None, 2
+    )
+    assert world.again().organization.projects[project].limits == {"parrot": ModelLimit(5, None, None, None, 2)}
+    before = [*world.stored]
+    assert await o.update_limit("a", project, "parrot", {"max_concurrent_requests": 2}) and world.stored == before
+    bad: tuple[dict[str, Any], ...] = (
+        {"surprise": 1}, {"max_concurrent_requests": -1}, {"max_concurrent_requests": 2.5},
+    )  # fmt: skip
+    for changes in bad:
+        with pytest.raises(AccessError) as caught:
+            await o.update_limit("a", project, "parrot", changes)
+        assert code(caught) == "ACCESS_INVALID" and world.stored == before
+    both: dict[str, int | None] = {"max_requests_per_1_minute": None, "max_concurrent_requests": None}
+    await o.update_limit("a", project, "parrot", both)
+    assert o.events[-1].type == "rate_limit.deleted" and not world.again().organization.projects[project].limits
+
+
+async def test_spend_limit_of_the_organisation_is_kept() -> None:
+    world = World()
+    for cents in (1234, 0, None):
+        await world.organization.set_spend_limit("a", cents)
+        assert world.organization.spend_limit_cents == world.again().organization.spend_limit_cents == cents
+    for wrong in (-1, True, 1.5, 10**13):
+        with pytest.raises(AccessError):
+            await world.organization.set_spend_limit("a", wrong)  # type: ignore[arg-type]  # what is to be refused
+
+
+async def test_service_account_can_be_renamed_and_gets_another_role() -> None:
+    world = World()
+    project, key, _ = await with_key(world)
+    id = world.organization.keys[key].owner_id
+    await world.organization.update_account("a", id, name="android")
+    await world.organization.update_account("a", id, role="owner")
+    there = world.again().organization.accounts[id]
+    assert (there.name, there.role, there.project_id) == ("android", "owner", project)
+    before = [*world.stored]
+    for changes in ({}, {"name": ""}, {"role": "root"}, {"project_id": "x"}):
+        with pytest.raises(AccessError) as caught:
+            await world.organization.update_account("a", id, **changes)
+        assert code(caught) == "ACCESS_INVALID" and world.stored == before
+
+
+async def test_key_can_be_narrowed_and_let_expire_and_its_values_stay() -> None:
+    world = World()
+    _, key, made = await with_key(world)
+    _, second = await world.organization.rotate_key("a", key, 1000)
+    await world.organization.update_key("a", key, scopes=["usage.read"])
+    await world.organization.update_key("a", key, seconds=100)
+    for o in (world.organization, world.again().organization):
+        for value in (made.value, second.value):
+            caller = o.caller(value.encode())
+            assert caller is not None and caller.key.scopes == {"usage.read"}
+    bad: tuple[dict[str, Any], ...] = ({}, {"scopes": []}, {"scopes": ["root"]}, {"seconds": 0})
+    for wrong in bad:
+        with pytest.raises(AccessError) as caught:
+            await world.organization.update_key("a", key, **wrong)
+        assert code(caught) == "ACCESS_INVALID"
+    world.now += 100
+    assert world.organization.caller(second.value.encode()) is None
+    with pytest.raises(AccessError) as caught:  # expired for good
+        await world.organization.update_key("a", key, seconds=100)
+    assert code(caught) == "ACCESS_STATE"
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
         ("create_project", ("",), "ACCESS_INVALID"), ("create_project", ("x" * 129,), "ACCESS_INVALID"),
         ("create_project", ("a\nb",), "ACCESS_INVALID"), ("create_project", (7,), "ACCESS_INVALID"),
         ("archive_project", ("proj_none",), "ACCESS_NOT_FOUND"),
-        ("create_account", ("proj_none", "n"), "ACCESS_NOT_FOUND"), ("create_key", ("svc_acct_none", "n"), "ACCESS_NOT_FOUND"), ("revoke_key", ("key_none",), "ACCESS_NOT_FOUND"),
+        ("create_account", ("proj_none", "n"), "ACCESS_NOT_FOUND"),
+        ("create_key", ("svc_acct_none", "n"), "ACCESS_NOT_FOUND"),
+        ("update_account", ("x",), "ACCESS_NOT_FOUND"), ("update_key", ("x",), "ACCESS_NOT_FOUND"),
+        ("update_limit", ("proj_none", "m", {}), "ACCESS_NOT_FOUND"), ("revoke_key", ("key_none",), "ACCESS_NOT_FOUND"),
         ("rotate_key", ("key_none", 0), "ACCESS_NOT_FOUND"), ("delete_account", ("x",), "ACCESS_NOT_FOUND"),
         ("create_admin_key", ("n", 0), "ACCESS_INVALID"), ("create_admin_key", ("n", True), "ACCESS_INVALID"),
         ("delete_admin_key", ("key_none",), "ACCESS_NOT_FOUND"),
@@ -205,6 +256,9 @@ async def test_archived_project_takes_no_more_commands() -> None:
         world.organization.archive_project("a", project), world.organization.create_account("a", project, "n"),
         world.organization.create_key("a", account, "n"), world.organization.update_project("a", project, name="n"),
         world.organization.set_limit("a", project, "m", ModelLimit()),
+        world.organization.update_limit("a", project, "m", {"max_concurrent_requests": 1}),
+        world.organization.update_account("a", account, name="n"), world.organization.rotate_key("a", key, 0),
+        world.organization.update_key("a", key, seconds=1),
     ):  # fmt: skip
         with pytest.raises(AccessError) as caught:
             await call
