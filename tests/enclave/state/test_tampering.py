@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,7 @@ def test_another_journal_under_the_same_key_is_a_rollback(
     path = changed(original, tmp_path, another)
     assert refused(path) == ""
     assert refused(path, at_least=original[1]) == "STATE_ROLLBACK"
+    assert refused(original[0], at_least=replace(original[1], state_id=bytes(16))) == "STATE_ROLLBACK"
 
 
 def test_journal_that_took_another_course_is_a_rollback(original: tuple[Path, Checkpoint], tmp_path: Path) -> None:
