@@ -170,7 +170,7 @@ class Journal:
             waiter = asyncio.get_running_loop().create_future()
             self._waiting.append(waiter)
             await waiter
-        return await asyncio.shield(self.submit(records, foreign_seq=foreign_seq))
+        return await self.submit(records, foreign_seq=foreign_seq)
 
     def submit(self, records: Sequence[bytes], *, foreign_seq: int | None = None) -> asyncio.Future[Checkpoint]:
         """As `append`, without waiting: the order of calls is the order of records. `STATE_BUSY` when there's no room.
@@ -190,14 +190,14 @@ class Journal:
             raise self._closed()
         if not self._fits(1, 0):
             raise _busy()
-        return await asyncio.shield(self._enqueue((), 0, None))
+        return await self._enqueue((), 0, None)
 
     async def close(self) -> None:
         """Write what was accepted, then let go of the backend. Idempotent."""
         self._closing = True
         self._wake.set()
         if self._writer is not None:
-            await asyncio.shield(asyncio.wait([self._writer]))
+            await asyncio.wait([self._writer])
         await self._backend.close()
 
     async def __aenter__(self) -> Journal:

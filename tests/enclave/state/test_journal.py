@@ -173,8 +173,11 @@ async def test_part_of_an_own_write_is_not_taken_for_somebody_elses(journal: Jou
 
     class Half(Faulty):
         async def append(self, first_seq: int, blobs: Sequence[bytes]) -> None:
-            await self.inner.append(first_seq, blobs[:1])
-            raise StateConflict(first_seq - 1)
+            part = blobs[:1] if not self.writes else blobs
+            await self.inner.append(first_seq, part)
+            self.writes.append(len(part))
+            if part != blobs:
+                raise StateConflict(first_seq - 1)
 
     journal._backend = Half(faulty.inner)
     assert await settled(*(asyncio.create_task(journal.append([b"a"])) for _ in range(2))) == ["STATE_ROLLBACK"] * 2
