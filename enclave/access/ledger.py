@@ -30,11 +30,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Final, get_args
+from typing import Final
 
 from enclave.access.budgets import Budgets, Spend, Spending
 from enclave.access.entries import (
     MINUTE,
+    OUTCOMES,
     UNBILLED,
     Entry,
     Held,
@@ -49,7 +50,6 @@ from enclave.access.entries import (
     encode_record,
     follows,
     genesis,
-    hash_of,
 )
 from enclave.access.prices import ZERO, Lines, Price, PriceTable, Usage
 from enclave.access.usage import UsageIndex
@@ -199,7 +199,7 @@ class Ledger:
     def _finish(self, r: Reservation, outcome: Outcome, usage: Usage | None, receipt: MakeReceipt | None) -> None:
         """In one step: entry, receipt, sums, and the record's place in the journal. All of it, or an exception."""
         self._writer.check()
-        if outcome not in get_args(Outcome):
+        if outcome not in OUTCOMES:
             raise ValueError("no such outcome")
         figure = ZERO if outcome in UNBILLED else r.usage if usage is None else usage
         full = r.table.lines(r.held.model, figure)
@@ -226,7 +226,7 @@ class Ledger:
 
     def _enter(self, entry: Entry, lines: Lines) -> None:
         """Count *entry* in everything that is a sum of entries. Serving and replay meet here."""
-        self._heads[entry.project] = (entry.seq, hash_of(entry.encode()))
+        self._heads[entry.project] = (entry.seq, entry.hash)
         self._spending.charge(entry.project, entry.cost, entry.time)
         self.usage.add(entry, lines)
 

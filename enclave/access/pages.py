@@ -2,9 +2,10 @@
 
 Pure functions of a question and the index (`enclave.access.usage`). A question comes from outside and is read strictly.
 Buckets are whole minutes, hours or days in UTC: a range is widened to the buckets that it touches, and every bucket
-says where it begins and ends. A page ends at its limit of buckets, or after the bucket in which it has read MAX_CELLS
-cells: then it is shorter, and `next_page` goes on. Amounts are integers up to the last step, in which nano-USD becomes
-the nearest JSON number; whoever multiplies it by 10^9 and rounds has the integer again (below 9 million USD).
+says where it begins and ends. A page ends at its limit of buckets, or after the bucket in which MAX_WORK cells and
+results are reached: then it is shorter, and `next_page` goes on. Amounts are integers up to the last step, in which
+nano-USD becomes the nearest JSON number; whoever multiplies it by 10^9 and rounds has the integer again (below 9
+million USD).
 
 What OpenAI's API knows and this service has not: users, batches, service tiers. Filtering for one gives nothing,
 grouping by one gives null (`batch`: false).
@@ -13,17 +14,29 @@ grouping by one gives null (`batch`: false).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NoReturn
 
 from attestation.errors import VouchsafeError
-from enclave.access.usage import COUNTERS, SECONDS, Cell, Group, UsageIndex, Width
+from enclave.access.usage import (
+    CACHED,
+    CHARGES,
+    INPUT,
+    NANOUSD,
+    OUTPUT,
+    REQUESTS,
+    SECONDS,
+    Cell,
+    Group,
+    UsageIndex,
+    Width,
+)
 
 __all__ = ["Page", "Question", "QuestionError", "page"]
 
 Page = Literal["completions", "embeddings", "costs"]
-MAX_CELLS: Final = 50_000
+MAX_WORK: Final = 20_000
 MAX_VALUES: Final = 100
 MAX_PAIRS: Final = 500
 _TIME: Final = re.compile(r"[0-9]{1,11}")
@@ -48,7 +61,8 @@ _GROUPS: Final[dict[Page, tuple[str, ...]]] = {
     "embeddings": ("project_id", "user_id", "api_key_id", "model"),
     "costs": ("project_id", "line_item", "api_key_id"),
 }
-_AT: Final = {name: i for i, name in enumerate(COUNTERS)}
+LINES: Final = ("input_tokens", "cached_input_tokens", "output_tokens", "requests")
+"""Of a model on the costs page, each written `model, line`; in the order of the amounts in a cell."""
 
 Key = tuple[str | None, ...]
 
@@ -124,70 +138,98 @@ def page(index: UsageIndex, question: Question) -> dict[str, Any]:  # Any: JSON 
     level, step = index.levels[question.width], SECONDS[question.width]
     if question.first < level.floor:
         _refuse("start_time", f"buckets of {question.width} are not kept that long", expected=f">= {level.floor}")
-    results = _costs if question.kind == "costs" else _tokens
+    results = _Costs(question) if question.kind == "costs" else _Tokens(question)
     buckets: list[dict[str, Any]] = []  # Any: JSON values
     start, read = question.first, 0
-    while start < question.end and len(buckets) < question.limit and read < MAX_CELLS:
+    while start < question.end and len(buckets) < question.limit and read < MAX_WORK:
         cells = level.bucket(start)
-        read += len(cells)
-        found = results(question, [(g, c) for g, c in cells.items() if question.wants(g)])
+        found = results.of(cells)
+        read += len(cells) + len(found)
         buckets.append({"object": "bucket", "start_time": start, "end_time": start + step, "results": found})
         start += step
     more = start < question.end
     return {"object": "page", "data": buckets, "has_more": more, "next_page": f"page_{start}" if more else None}
 
 
-def _tokens(q: Question, cells: Iterable[tuple[Group, Cell[int]]]) -> list[dict[str, Any]]:  # Any: JSON values
-    def keyed() -> Iterator[tuple[Key, Sequence[int]]]:
-        for group, cell in cells:
-            yield _key(q, group, None), cell
+class _Tokens:
+    """Results of the two usage pages."""
 
-    results = []
-    for key, sums in _summed(keyed(), len(COUNTERS)):
-        inputs, cached = sums[_AT["input_tokens"]], sums[_AT["cached_tokens"]]
+    def __init__(self, question: Question) -> None:
+        self.q = question
+        self._keys: dict[Group, Key | None] = {}
+
+    def key(self, group: Group) -> Key | None:
+        """Under what a cell of *group* is added up, None when it does not count. Worked out once per group."""
+        if group not in self._keys:
+            self._keys[group] = _key(self.q, group, None) if self.q.wants(group) else None
+        return self._keys[group]
+
+    def of(self, cells: Mapping[Group, Cell[int]]) -> list[dict[str, Any]]:  # Any: JSON values
+        sums: dict[Key, list[int]] = {}
+        for group, cell in cells.items():
+            if (key := self.key(group)) is not None:
+                total = sums.setdefault(key, [0, 0, 0, 0])
+                total[0] += cell[REQUESTS]
+                total[1] += cell[INPUT]
+                total[2] += cell[CACHED]
+                total[3] += cell[OUTPUT]
+        return [self._result(key, *total) for key, total in _sorted(sums)]
+
+    def _result(self, key: Key, requests: int, inputs: int, cached: int, outputs: int) -> dict[str, Any]:
+        # Any: JSON values
         result: dict[str, Any] = {  # Any: JSON values
-            "object": f"organization.usage.{q.kind}.result",
+            "object": f"organization.usage.{self.q.kind}.result",
             "input_tokens": inputs,
-            "num_model_requests": sums[_AT["requests"]],
+            "num_model_requests": requests,
         }
-        if q.kind == "completions":
-            result |= {"output_tokens": sums[_AT["output_tokens"]], "input_cached_tokens": cached,
-                       "input_uncached_tokens": inputs - cached}  # fmt: skip
-        results.append(result | _named(q, key))
-    return results
+        if self.q.kind == "completions":
+            result["output_tokens"] = outputs
+            result["input_cached_tokens"] = cached
+            result["input_uncached_tokens"] = inputs - cached
+        return result | _named(self.q, key)
 
 
-def _costs(q: Question, cells: Iterable[tuple[Group, Cell[int]]]) -> list[dict[str, Any]]:  # Any: JSON values
-    by_line = "line_item" in q.group_by
+class _Costs:
+    """Results of the costs page."""
 
-    def keyed() -> Iterator[tuple[Key, Sequence[int]]]:
-        for group, cell in cells:
-            for line, quantity, nano in _lines(cell):
-                item = f"{group.model}, {line}"
-                if quantity and (q.line_items is None or item in q.line_items):
-                    yield _key(q, group, item), (nano, quantity)
+    def __init__(self, question: Question) -> None:
+        self.q = question
+        self._by_line = "line_item" in question.group_by
+        self._keys: dict[Group, tuple[Key | None, ...]] = {}
 
-    results = []
-    for key, (nano, quantity) in _summed(keyed(), 2):
-        # An integer divided by an integer: Python rounds once, to the nearest number there is.
-        result: dict[str, Any] = {  # Any: JSON values
+    def keys(self, group: Group) -> tuple[Key | None, ...]:
+        """Under what each line of a cell of *group* is added up, None for one that does not count."""
+        if group not in self._keys:
+            items = [f"{group.model}, {line}" for line in LINES]
+            wanted = self.q.wants(group)
+            self._keys[group] = tuple(
+                _key(self.q, group, item)
+                if wanted and (self.q.line_items is None or item in self.q.line_items) else None
+                for item in items
+            )  # fmt: skip
+        return self._keys[group]
+
+    def of(self, cells: Mapping[Group, Cell[int]]) -> list[dict[str, Any]]:  # Any: JSON values
+        sums: dict[Key, list[int]] = {}
+        for group, cell in cells.items():
+            quantities = (cell[INPUT] - cell[CACHED], cell[CACHED], cell[OUTPUT], cell[CHARGES])
+            for key, quantity, nano in zip(self.keys(group), quantities, cell[NANOUSD], strict=True):
+                if quantity and key is not None:
+                    total = sums.setdefault(key, [0, 0])
+                    total[0] += nano
+                    total[1] += quantity
+        return [self._result(key, *total) for key, total in _sorted(sums)]
+
+    def _result(self, key: Key, nano: int, quantity: int) -> dict[str, Any]:  # Any: JSON values
+        named = _named(self.q, key)
+        tokens = self._by_line and str(named["line_item"]).endswith("_tokens")
+        return {
             "object": "organization.costs.result",
+            # An integer divided by an integer: Python rounds once, to the nearest number there is.
             "amount": {"value": nano / 1_000_000_000, "currency": "usd"},
-            "quantity": quantity if by_line else None,
-            "quantity_unit": "tokens" if by_line and str(key[_GROUPS["costs"].index("line_item")]).endswith("_tokens")
-            else None,
-        }  # fmt: skip
-        results.append(result | _named(q, key))
-    return results
-
-
-def _lines(cell: Sequence[int]) -> Iterator[tuple[str, int, int]]:
-    """Name, quantity and nano-USD of every line of a cell."""
-    inputs, cached = cell[_AT["input_tokens"]], cell[_AT["cached_tokens"]]
-    yield "input_tokens", inputs - cached, cell[_AT["input_nanousd"]]
-    yield "cached_input_tokens", cached, cell[_AT["cached_input_nanousd"]]
-    yield "output_tokens", cell[_AT["output_tokens"]], cell[_AT["output_nanousd"]]
-    yield "requests", cell[_AT["request_charges"]], cell[_AT["request_nanousd"]]
+            "quantity": quantity if self._by_line else None,
+            "quantity_unit": "tokens" if tokens else None,
+        } | named  # fmt: skip
 
 
 def _key(q: Question, group: Group, line_item: str | None) -> Key:
@@ -203,13 +245,7 @@ def _named(q: Question, key: Key) -> dict[str, Any]:  # Any: JSON values
     return named
 
 
-def _summed(keyed: Iterable[tuple[Key, Sequence[int]]], width: int) -> list[tuple[Key, list[int]]]:
-    """Rows of *width* integers added up by key, in the order of the keys."""
-    sums: dict[Key, list[int]] = {}
-    for key, row in keyed:
-        total = sums.setdefault(key, [0] * width)
-        for i, value in enumerate(row):
-            total[i] += value
+def _sorted(sums: dict[Key, list[int]]) -> list[tuple[Key, list[int]]]:
     return sorted(sums.items(), key=lambda item: tuple(part or "" for part in item[0]))
 
 

@@ -91,6 +91,8 @@ class Lines:
 
     def at_most(self, most: int) -> Lines:
         """The same lines cut down to *most* altogether, the last line first."""
+        if self.total <= most:
+            return self
         parts = []
         for line in (self.request, self.input, self.cached_input, self.output):
             parts.append(min(line, most))

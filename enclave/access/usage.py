@@ -17,7 +17,21 @@ from typing import Final, Literal, NamedTuple
 from enclave.access.entries import Entry, Operation
 from enclave.access.prices import Lines
 
-__all__ = ["COUNTERS", "Cell", "Group", "Level", "UsageIndex", "Width"]
+__all__ = [
+    "CACHED",
+    "CHARGES",
+    "INPUT",
+    "NANOUSD",
+    "OUTPUT",
+    "REASONING",
+    "REQUESTS",
+    "SECONDS",
+    "Cell",
+    "Group",
+    "Level",
+    "UsageIndex",
+    "Width",
+]
 
 Width = Literal["1m", "1h", "1d"]
 SECONDS: Final[dict[Width, int]] = {"1m": 60, "1h": 3600, "1d": 86_400}
@@ -33,11 +47,10 @@ class Group(NamedTuple):
     operation: Operation
 
 
-COUNTERS: Final = (
-    "requests", "input_tokens", "cached_tokens", "output_tokens", "reasoning_tokens",
-    "request_charges", "request_nanousd", "input_nanousd", "cached_input_nanousd", "output_nanousd",
-)  # fmt: skip
-"""The integers of a cell, in order. `request_charges` counts entries with a fixed price, amounts are nano-USD."""
+REQUESTS, INPUT, CACHED, OUTPUT, REASONING, CHARGES = range(6)
+"""Where a cell has its counts: entries, tokens of four kinds, and entries with a fixed price."""
+NANOUSD: Final = slice(6, 10)
+"""Where it has its amounts: uncached input, cached input, output, fixed prices."""
 
 Cell = array  # of ten signed 64-bit integers: 9.2 billion USD
 _NOTHING: Final[Mapping[Group, Cell[int]]] = {}
@@ -89,7 +102,7 @@ class UsageIndex:
         u = entry.usage
         values = (
             1, u.input_tokens, u.cached_tokens, u.output_tokens, u.reasoning_tokens,
-            int(lines.request > 0), lines.request, lines.input, lines.cached_input, lines.output,
+            int(lines.request > 0), lines.input, lines.cached_input, lines.output, lines.request,
         )  # fmt: skip
         for level in self.levels.values():
             level.add(entry.time, group, values)
