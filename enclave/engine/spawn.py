@@ -54,9 +54,10 @@ class Child:
 
     wire: Wire
 
-    def __init__(self, process: asyncio.subprocess.Process, control: asyncio.StreamReader) -> None:
-        self._process, self._control = process, control
-        self._writer: asyncio.StreamWriter
+    def __init__(
+        self, process: asyncio.subprocess.Process, control: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self._process, self._control, self._writer = process, control, writer
         self._below: dict[int, str] = {}
 
     @property
@@ -72,28 +73,35 @@ class Child:
                 "ENGINE_SOCKET", "the path of the engine's socket is too long", expected="<= 107 bytes", actual=path,
                 hint="configure a shorter `runtime`",
             )  # fmt: skip
-        ours, its = socket.socketpair()
-        with its:
-            line = _arguments(model, runtime, path, its.fileno())
-            ours.setblocking(False)
-            process = await asyncio.create_subprocess_exec(
-                *program,
-                *line,
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=(its.fileno(),),
-                env=clean_environment(os.environ),
-            )
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE)
-        child = cls(process, reader)
-        child._writer = writer
+        spawning = asyncio.ensure_future(cls._spawn(model, runtime, path, program))
+        try:
+            child = await asyncio.shield(spawning)
+        except asyncio.CancelledError:  # in the middle of it: a process may be there that nobody knows yet
+            await (await spawning).end(patience=0)
+            raise
         try:
             await child._ready()
         except BaseException:
             await child.end(patience=0)
             raise
-        child._below = processes.descendants(process.pid)
-        child.wire = Wire(path, process.pid)
+        child._below = processes.descendants(child.pid)
+        child.wire = Wire(path, child.pid)
         return child
+
+    @classmethod
+    async def _spawn(cls, model: Model, runtime: Path, path: Path, program: Sequence[str]) -> Child:
+        ours, its = socket.socketpair()
+        with its:
+            ours.setblocking(False)
+            process = await asyncio.create_subprocess_exec(
+                *program,
+                *_arguments(model, runtime, path, its.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=(its.fileno(),),
+                env=clean_environment(os.environ),
+            )
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=MAX_LINE)
+        return cls(process, reader, writer)
 
     async def _ready(self) -> None:
         try:
@@ -141,6 +149,8 @@ class Child:
         killed += await processes.end(self._below, patience=KILL_SECONDS)
         _reap(self._below)
         self._writer.close()
+        with contextlib.suppress(OSError):
+            await self._writer.wait_closed()
         return killed
 
 

@@ -1,16 +1,18 @@
 """`python -m tests.enclave.engine.echo_worker WISHES …`: the real worker with the echo engine in place of vLLM.
 
 WISHES is a JSON file, read anew at every request: `delay`, `fault`, `repeat` as in `EchoEngine`; `say` instead of the
-prompt; `refuse` or `exit` at the start; `die`, `print`, `child`. What happens is written beside it: `.started`,
-`.asked` when a request comes, `.calls` when it is over, `.sent` while it runs.
+prompt; `refuse`, `exit` or be `slow` (seconds) at the start; `die`, `print`, `child`. What happens is written beside
+it: `.started`, `.asked` when a request comes, `.calls` when it is over, `.sent` while it runs.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,10 @@ class WishedEngine(EchoEngine):
 
     async def start(self) -> None:
         wishes = self._wish()
-        self._write(".started", {"pid": os.getpid(), "environment": sorted(os.environ)})
+        begun = time.monotonic()
+        await asyncio.sleep(wishes.get("slow", 0))
+        at = [begun, time.monotonic()]
+        self._write(".started", {"at": at, "environment": sorted(os.environ)})
         if "exit" in wishes:
             os._exit(3)
         if "refuse" in wishes:

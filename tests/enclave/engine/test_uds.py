@@ -167,7 +167,7 @@ async def test_what_a_worker_prints_goes_nowhere(capfd: pytest.CaptureFixture[st
 
 
 def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
-    """Killed outright, the parent can tell nobody: the kernel does."""
+    """Killed outright, the parent can tell nobody: the kernel does, even a worker that can do nothing itself."""
     program = (
         "import asyncio, sys\nfrom pathlib import Path\nfrom tests.enclave.engine.workers import Worker\n"
         "async def main():\n"
@@ -181,6 +181,7 @@ def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
     below = processes.descendants(parent.pid)
     assert pid in below
     (sleeper,) = [p for p in below if p != pid]
+    os.kill(pid, signal.SIGSTOP)
     parent.kill()
     parent.wait(10)
     parent.stdout.close()
@@ -418,12 +419,37 @@ async def test_stop_while_it_is_being_restarted_leaves_nothing(tmp_path: Path) -
     assert processes.descendants().keys() <= before.keys()
 
 
+@pytest.mark.parametrize("turns", [1, 5, 30, 300])
+async def test_start_that_is_cancelled_at_any_moment_leaves_nothing(turns: int, tmp_path: Path) -> None:
+    made = Worker(tmp_path / "a")
+    made.wish(slow=600)
+    before = processes.descendants()
+    starting = asyncio.create_task(made.engine.start())
+    for _ in range(turns):
+        await asyncio.sleep(0.001)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert processes.descendants().keys() <= before.keys()
+
+
 async def test_frozen_worker_is_killed(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spawn.Child.end, "__kwdefaults__", {"patience": 0.2})
     pid = {worker.pid: processes.descendants()[worker.pid]}
     os.kill(worker.pid, signal.SIGSTOP)
     await asyncio.wait_for(worker.engine.stop(), 20)
     assert not processes.alive(pid)
+
+
+async def test_starts_take_turns(worker: Worker, second: Worker) -> None:
+    """An engine that starts measures the free memory; another one must not change it meanwhile."""
+    for one in (worker, second):
+        one.wish(slow=0.5)
+        os.kill(one.pid, signal.SIGKILL)
+    await until(lambda: not (worker.engine.healthy or second.engine.healthy))
+    await until(lambda: worker.engine.healthy and second.engine.healthy)
+    first, then = sorted(one.seen("started")[-1]["at"] for one in (worker, second))
+    assert first[1] <= then[0]
 
 
 # --- back-off ---------------------------------------------------------------------------------------------------------
