@@ -166,8 +166,9 @@ async def test_other_keys_that_come_later_do_not_pass_who_waits() -> None:
 
 async def test_a_key_has_a_bounded_number_waiting_and_a_full_queue_is_full() -> None:
     floor = Floor(1, max_waiting=4, max_waiting_per_key=2)
-    visitors = await floor.come(*"xaaabb")
-    assert [v.busy for v in visitors] == [False, False, False, True, False, False]
+    visitors = await floor.come(*"xaaa")
+    assert [v.busy for v in visitors] == [False, False, False, True]
+    assert [v.busy for v in await floor.come(*"bb")] == [False, False]
     assert floor.queue.waiting == 4
     assert [v.busy for v in await floor.come("c")] == [False]
     assert visitors[2].busy  # c came in for the last of a
@@ -232,6 +233,15 @@ async def test_busy_says_how_long_slots_have_been_held_lately() -> None:
     assert await busy() == 1
 
 
+async def test_a_key_with_too_many_waiting_is_told_to_wait_for_its_turn() -> None:
+    floor = Floor(1, max_waiting_per_key=1)
+    await floor.come(*"xabc")
+    with pytest.raises(Busy) as caught:
+        await floor.queue.slot("a").__aenter__()
+    assert caught.value.retry_after_ms == 3000  # three keys in the round, a second each
+    await floor.empty()
+
+
 # leaving
 
 
@@ -276,6 +286,17 @@ async def test_one_that_gives_up_in_the_moment_of_giving_way_has_no_slot_to_pass
     await floor.turn()
     assert (floor.queue.running, floor.queue.waiting, newcomer.busy) == (1, 2, False)
     await floor.empty()
+
+
+async def test_a_newcomer_gets_the_place_of_one_that_gives_up_in_the_same_moment() -> None:
+    floor = Floor(1, max_waiting=2)
+    visitors = await floor.come(*"xaa")
+    newcomer = Visitor(floor.queue, "b", floor.served, asyncio.get_running_loop())
+    visitors[2].task.cancel()  # runs after the newcomer
+    await floor.turn()
+    assert (floor.queue.waiting, visitors[2].task.cancelled(), newcomer.task.done()) == (2, True, False)
+    await floor.empty()
+    assert floor.order == "xab"
 
 
 async def test_a_waiter_whose_loop_ends_leaves_nothing_behind() -> None:
@@ -358,7 +379,7 @@ class AgainstReference(RuleBasedStateMachine):
         assert all(v.task.done() for v in self.everybody)
         self.loop.close()
 
-    @rule(key=st.sampled_from("abcd"))
+    @rule(key=st.sampled_from("aaabcd"))
     def come(self, key: str) -> None:
         self.turn()
         one = Visitor(self.queue, key, self.served, self.loop)

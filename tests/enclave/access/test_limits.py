@@ -232,6 +232,17 @@ def test_a_refused_request_fits_after_retry_after_and_not_a_millisecond_before(e
     assert tried > 100
 
 
+@pytest.mark.parametrize(("span", "unit"), [(s, u) for s in SPANS for u in UNITS])
+def test_an_admission_counts_for_its_window_to_the_nanosecond(span: str, unit: str) -> None:
+    clock = Clock()
+    limiter, limit = Limiter(clock), RateLimit(**{f"max_{unit}_per_{span}": 1})
+    limiter.admit("p", "k", "m", 1, limit)
+    clock.now += SPANS[span] - 1
+    assert refused(limiter, 1, limit).retry_after_ms == 1
+    clock.now += 1
+    limiter.admit("p", "k", "m", 1, limit)
+
+
 async def test_of_a_thousand_requests_at_once_exactly_as_many_pass_as_are_allowed() -> None:
     clock = Clock()
     limiter = Limiter(clock)
