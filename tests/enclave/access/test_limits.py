@@ -21,20 +21,10 @@ from enclave.access.limits import (
     Ticket,
     duration,
 )
-from tests.enclave.access.reference import MS, SECOND, SPANS, UNITS, Booking, Reference, Where
+from tests.enclave.access.reference import MS, SECOND, SPANS, UNITS, Booking, Clock, Reference, Where
 
 GRAIN = {"1_minute": SECOND // 4, "1_day": 120 * SECOND}
 MINUTE, DAY = SPANS["1_minute"], SPANS["1_day"]
-
-
-class Clock:
-    """Nanoseconds, as told."""
-
-    def __init__(self) -> None:
-        self.now = 7 * SECOND + 1
-
-    def __call__(self) -> int:
-        return self.now
 
 
 def refused(limiter: Limiter, tokens: int, limit: RateLimit, *, key: str = "k") -> LimitExceeded:
