@@ -28,7 +28,7 @@ When a ledger is opened, each request that was being served is settled at its la
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Final
 
@@ -93,18 +93,19 @@ class Reservation:
 
 
 class Ledger:
-    """See the module. Made by `open`; `close` it.
+    """See the module. Make one, `replay` every record of the journal, then `begin`; `open` does all three.
 
     prices      the table in force;  usage   sums for the usage and cost pages
-    recovered   entries that `open` made for requests that a crash cut off
+    recovered   entries that `begin` made for requests that a crash cut off
     overruns    how often an engine used more than was reserved, which the operator pays: an alarm if above 0
     """
 
-    def __init__(self, append: Append, prices: PriceTable, clock: Callable[[], int]) -> None:
+    def __init__(self, prices: PriceTable, clock: Callable[[], int]) -> None:
         self.prices, self.usage, self.overruns = prices, UsageIndex(), 0
         self.recovered: tuple[Entry, ...] = ()
-        self._clock, self._time, self._closed = clock, 0, False
-        self._writer = Writer(append)
+        self._clock, self._time = clock, 0
+        self._writer: Writer | None = None
+        self._closed = False
         self._spending = Spending()
         self._open: dict[str, Reservation] = {}
         self._left: dict[str, Held] = {}
@@ -121,10 +122,10 @@ class Ledger:
 
         Raises `LedgerError` for records that cannot be trusted, `InputError` when *prices* jump unconfirmed.
         """
-        ledger = cls(append, prices, clock)
+        ledger = cls(prices, clock)
         for raw in records:
-            ledger._replay(decode_record(raw))
-        await ledger._begin()
+            ledger.replay(raw)
+        await ledger.begin(append)
         return ledger
 
     # serving
@@ -139,7 +140,7 @@ class Ledger:
 
         Raises `BudgetExceeded`, `PriceError`, `LedgerError`; nothing is reserved then.
         """
-        self._check_writable()
+        self._checked_writer()
         self.prices.price(model)
         held = check_held(Held(request_id, project, key_id, model, operation, self.prices.digest, amount, ZERO))
         if request_id in self._open:
@@ -161,13 +162,13 @@ class Ledger:
 
     async def flush(self) -> None:
         """Make the present figure of every open request durable. Raises `LedgerError`."""
-        self._check_writable()
+        writer = self._checked_writer()
         last: asyncio.Future[None] | None = None
         for r in self._open.values():
             if r.usage != r.told:
                 first = r.told is None
                 record: Record = replace(r.held, usage=r.usage) if first else Progress(r.held.request_id, r.usage)
-                last, r.told = self._writer.put(encode_record(record)), r.usage
+                last, r.told = writer.put(encode_record(record)), r.usage
         if last is not None:
             await asyncio.shield(last)
 
@@ -179,6 +180,8 @@ class Ledger:
 
     async def close(self) -> None:
         """Let nothing more in, settle what is open at its last figure, wait until all is durable. Idempotent."""
+        if self._writer is None:
+            return
         self._closed = True
         for r in list(self._open.values()):
             self._finish(r, "gateway_restart", None, None)
@@ -198,6 +201,7 @@ class Ledger:
 
     def _finish(self, r: Reservation, outcome: Outcome, usage: Usage | None, receipt: MakeReceipt | None) -> None:
         """In one step: entry, receipt, sums, and the record's place in the journal. All of it, or an exception."""
+        assert self._writer is not None  # there are reservations only after `begin`
         self._writer.check()
         if outcome not in OUTCOMES:
             raise ValueError("no such outcome")
@@ -233,14 +237,19 @@ class Ledger:
     def _head(self, project: str) -> tuple[int, bytes]:
         return self._heads.get(project) or (0, genesis(project))
 
-    def _check_writable(self) -> None:
-        if self._closed:
-            raise LedgerError("LEDGER_CLOSED", "the ledger is closed")
+    def _checked_writer(self) -> Writer:
+        if self._writer is None or self._closed:
+            raise LedgerError("LEDGER_CLOSED", "the ledger is not open")
         self._writer.check()
+        return self._writer
 
     # opening
 
-    def _replay(self, record: Record) -> None:
+    def replay(self, raw: bytes) -> None:
+        """Take in one record of the journal. Raises `LedgerError`; throw the ledger away then."""
+        if self._writer is not None:
+            raise LedgerError("LEDGER_CHAIN", "a record comes from elsewhere: a ledger has one writer")
+        record = decode_record(raw)
         match record:
             case PriceTable():
                 self._in_force(record)
@@ -279,29 +288,30 @@ class Ledger:
         self._last_table = table.digest
         self._last_prices.update(table.models)
 
-    async def _begin(self) -> None:
-        """Bring the present prices into force, then settle what a crash cut off; return when both are durable."""
+    async def begin(self, append: Append) -> None:
+        """Bring the present prices into force, settle what a crash cut off, return when both are durable.
+
+        Raises `LedgerError`, and `InputError` when the prices jump unconfirmed.
+        """
+        writer = Writer(append)
         waiting: list[asyncio.Future[None]] = []
         if self._last_table != self.prices.digest:
             if self._last_table is not None:
                 self.prices.must_follow(self._last_table, self._last_prices)
             self._in_force(self.prices)
-            waiting.append(self._writer.put(encode_record(self.prices)))
+            waiting.append(writer.put(encode_record(self.prices)))
         made: list[Entry] = []
         for held in self._left.values():
             full = self._tables[held.price_table].lines(held.model, held.usage)
             entry, lines = self._draft(held, held.usage, "gateway_restart", full)
-            waiting.append(self._writer.put(encode_record(Settled(held.request_id, entry))))
+            waiting.append(writer.put(encode_record(Settled(held.request_id, entry))))
             self._enter(entry, lines)
             made.append(entry)
         self._left.clear()
         self.recovered = tuple(made)
-        await _all(waiting)
-
-
-async def _all(waiting: Sequence[asyncio.Future[None]]) -> None:
-    for done in waiting:
-        await asyncio.shield(done)
+        for done in waiting:
+            await asyncio.shield(done)
+        self._writer = writer
 
 
 def _digest(value: bytes) -> bytes:

@@ -4,8 +4,8 @@ Pure functions of a question and the index (`enclave.access.usage`). A question 
 Buckets are whole minutes, hours or days in UTC: a range is widened to the buckets that it touches, and every bucket
 says where it begins and ends. A page ends at its limit of buckets, or after the bucket in which MAX_WORK cells and
 results are reached: then it is shorter, and `next_page` goes on. Amounts are integers up to the last step, in which
-nano-USD becomes the nearest JSON number; whoever multiplies it by 10^9 and rounds has the integer again (below 9
-million USD).
+nano-USD becomes the nearest JSON number; whoever multiplies it by 10^9 and rounds has the integer again (below 4
+million USD in one result; above, floating point is too coarse for nano-dollars).
 
 What OpenAI's API knows and this service has not: users, batches, service tiers. Filtering for one gives nothing,
 grouping by one gives null (`batch`: false).

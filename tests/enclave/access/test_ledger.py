@@ -495,6 +495,19 @@ async def test_closing_settles_what_is_open_and_lets_nothing_in() -> None:
     assert world.ledger.spend().spent == COST and not world.ledger.recovered
 
 
+async def test_ledger_that_has_not_begun_lets_nothing_in_and_one_that_has_takes_no_records() -> None:
+    world = World()
+    world.ledger = Ledger(PRICES, lambda: world.now)
+    with pytest.raises(LedgerError) as caught:
+        await world.reserve()
+    assert caught.value.code == "LEDGER_CLOSED"
+    await world.ledger.close()
+    await world.open()
+    with pytest.raises(LedgerError) as caught:
+        world.ledger.replay(encode_record(PRICES))
+    assert caught.value.code == "LEDGER_CHAIN"
+
+
 # price tables over time
 
 

@@ -22,6 +22,7 @@ from enclave.access.budgets import BudgetExceeded, Budgets, Spending
 from enclave.access.entries import Entry, LedgerError, Outcome
 from enclave.access.ledger import Ledger, Reservation
 from enclave.access.prices import CENT, ZERO, Usage
+from enclave.access.writer import Append
 from tests.enclave.access.money import World, nano, receipt, some_usage
 
 OPERATIONS: Final = 10_000
@@ -281,13 +282,13 @@ def _forget_reserved(patch: pytest.MonkeyPatch) -> None:
 
 def _forget_unfinished(patch: pytest.MonkeyPatch) -> None:
     """The replay of what a crash cut off, taken out."""
-    honest = Ledger._begin
+    honest = Ledger.begin
 
-    async def begin(self: Ledger) -> None:
+    async def begin(self: Ledger, append: Append) -> None:
         self._left.clear()
-        await honest(self)
+        await honest(self, append)
 
-    patch.setattr(Ledger, "_begin", begin)
+    patch.setattr(Ledger, "begin", begin)
 
 
 def _keep_unfinished(patch: pytest.MonkeyPatch) -> None:
