@@ -37,7 +37,7 @@ T = TypeVar("T")
 PROVIDER: Final = "tdx_guest"
 MAX_RAW: Final = 32 * 1024
 """Bytes of outblob. Platforms pad to 8,000 at most."""
-ATTRIBUTE_WAIT: Final = 5.0
+ATTRIBUTE_WAIT: Final = 20.0
 """Seconds for attributes to appear and for a write to show. The kernel needs none."""
 QUOTE_WAIT: Final = 60.0
 """Seconds for one quote. The kernel itself gives the host 30."""
