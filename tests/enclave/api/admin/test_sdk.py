@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import openai
@@ -105,6 +106,7 @@ async def test_rotated_key_is_shown_once_and_the_old_value_has_its_grace(office:
     answer: Any = await office.client.post(path, cast_to=object, body=body, options=options)
     assert answer["object"] == "organization.project.api_key" and answer["id"] == key
     assert answer["previous_value_expires_at"] == office.world.now + 60
+    assert answer["redacted_value"].endswith(answer["value"][-4:])
     caller = office.world.organization.caller
     assert caller(value.encode()) and caller(answer["value"].encode())
     office.world.now += 60
@@ -421,5 +423,15 @@ async def test_admin_key_that_is_deleted_while_its_request_comes_in_does_nothing
     assert not office.world.organization.projects
 
 
-def test_log_can_take_the_name_of_every_route() -> None:
+async def test_log_knows_the_route_and_nothing_that_was_sent(office: Office, capfd: pytest.CaptureFixture[str]) -> None:
+    project, *_ = await made(office)
+    capfd.readouterr()
+    await office.organization.projects.update(project, name="CANARY")
+    await office.ask("POST", "projects/CANARY/api_keys/CANARY/rotate?CANARY=1", {"CANARY": 1}, key="CANARY")
+    written = capfd.readouterr()
+    lines = [json.loads(line) for line in (written.out + written.err).splitlines()]
+    assert [(line["route"], line["status"]) for line in lines] == [
+        ("/v1/organization/projects/id", 200), ("/v1/organization/projects/id/api_keys/id/rotate", 401),
+    ]  # fmt: skip
+    assert "CANARY" not in written.out + written.err and project not in written.out + written.err
     assert all(_WORD.fullmatch(o.logged) for o in routes._OPERATIONS)
