@@ -108,6 +108,13 @@ class World:
         return sum(nano(r) for r in self.results("costs", **how))
 
 
+async def opened(records: list[bytes], prices: PriceTable = PRICES) -> Ledger:
+    """A ledger over *records*, which grow."""
+    world = World(prices=prices)
+    world.stored.records = records
+    return (await world.open()).ledger
+
+
 def nano(result: dict[str, Any]) -> int:
     """The integer behind a result of the costs page."""
     return round(result["amount"]["value"] * 10**9)
