@@ -192,6 +192,25 @@ def test_worker_ends_with_its_parent(tmp_path: Path) -> None:
 # --- callers ----------------------------------------------------------------------------------------------------------
 
 
+async def test_hang_up_ends_the_call_and_the_process_hears_of_it(worker: Worker) -> None:
+    """Without anybody's deadline: nothing cancels this call, and the engine would be silent for ten minutes."""
+    worker.wish(delay=600)
+    request = json.dumps(chat_body(stream=True)).encode()
+    told = [{"type": "http.disconnect"}, {"type": "http.request", "body": request, "more_body": False}]
+
+    async def receive() -> Any:
+        if len(told) == 1:
+            await until(lambda: worker.seen("asked"))
+        return told.pop()
+
+    async def send(message: Any) -> None:
+        return None
+
+    await asyncio.wait_for(worker.engine.app(inner_scope(CHAT, request), receive, send), 10)  # type: ignore[arg-type]  # a coroutine
+    await until(lambda: worker.seen("calls"), 10)
+    assert worker.seen("calls") == [{"path": CHAT, "gone": True, "finished": False}]
+
+
 async def test_hang_up_reaches_the_process_at_once(caller: Caller, worker: Worker) -> None:
     worker.wish(repeat=2000, delay=0.005)
     request = json.dumps(chat_body("word", stream=True)).encode()
