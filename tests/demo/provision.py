@@ -16,6 +16,7 @@ import hashlib
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,11 +88,12 @@ def provision(
     gpus: int = 1,
     lifetime: int = 3600,
     max_model_len: int = 2048,
-    placement: str = "in-process",
+    more: Sequence[str] = (),
 ) -> Provisioned:
     """Make all of it in *directory*. *devtee* is the state directory of a development TEE that has started.
 
     listen   `unix:PATH` or `tcp:HOST:PORT`, as the enclave's configuration takes it;  gpus   0 for a machine without
+    more     ids under which the same model is served again, each by a process of its own
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     statements = directory / "statements"
@@ -99,7 +101,7 @@ def provision(
     tee = DevTee.load(devtee)
     builder, operator = _key(directory / "builder.pem"), _key(directory / "operator.pem")
     weights = file_list_digest(model_dir)
-    release_raw = _release(devtee, tee, builder, model_id, weights)
+    release_raw = _release(devtee, tee, builder, (model_id, *more), weights)
     (statements / "release.json").write_bytes(release_raw)
 
     appraisal, policy, config = (directory / name for name in ("appraisal.toml", "policy.toml", "enclave.toml"))
@@ -111,7 +113,7 @@ def provision(
     config.write_text(
         _config(
             directory, devtee, appraisal, listen, dns_name, api_key, model_dir.resolve(), golden, model_id, weights,
-            gpus, lifetime, max_model_len, placement,
+            gpus, lifetime, max_model_len, more,
         ),
         encoding="utf-8",
     )  # fmt: skip
@@ -126,7 +128,7 @@ def provision(
     return made
 
 
-def _release(devtee: Path, tee: DevTee, builder: Ed25519PrivateKey, model_id: str, weights: str) -> bytes:
+def _release(devtee: Path, tee: DevTee, builder: Ed25519PrivateKey, ids: Sequence[str], weights: str) -> bytes:
     """The release manifest's envelope. Registers are read where the enclave's attester reads them."""
 
     def register(name: str) -> bytes:
@@ -138,7 +140,7 @@ def _release(devtee: Path, tee: DevTee, builder: Ed25519PrivateKey, model_id: st
         subjects=[("vouchsafe-devtee.img", hashlib.sha256(register("mrtd")).digest())],
         mrtd=register("mrtd"), rtmrs=[[register(f"rtmr{i}")] for i in range(3)],
         td_attributes=[tee.td.td_attributes], xfam=[tee.td.xfam], mrseam=[tee.td.mrseam],
-        drivers=[form.driver], vbios=[form.vbios], weights=[(model_id, weights, None)],
+        drivers=[form.driver], vbios=[form.vbios], weights=[(id, weights, None) for id in ids],
         not_before=datetime.fromtimestamp(int(time.time()) - 60, UTC), max_age_days=30,
     )  # fmt: skip
     return sign(RELEASE_PAYLOAD_TYPE, payload, [builder])
@@ -202,8 +204,22 @@ fresh-gpu = false
 
 def _config(
     directory: Path, devtee: Path, appraisal: Path, listen: str, dns_name: str, api_key: str, model_dir: Path,
-    golden: Path | None, model_id: str, weights: str, gpus: int, lifetime: int, max_model_len: int, placement: str,
+    golden: Path | None, model_id: str, weights: str, gpus: int, lifetime: int, max_model_len: int, more: Sequence[str],
 ) -> str:  # fmt: skip
+    further = [
+        f"""
+[[models]]
+id = {json.dumps(id)}
+path = {json.dumps(str(model_dir))}
+weights = "{weights}"
+profile = "cpu"
+placement = "process"
+task = "generate"
+memory-percent = 10
+max-model-len = {max_model_len}
+"""
+        for id in more
+    ]
     golden_line = f"golden = {json.dumps(str(golden.resolve()))}\n" if golden is not None else ""
     return f"""version = 1
 role = "both"
@@ -238,11 +254,11 @@ id = {json.dumps(model_id)}
 path = {json.dumps(str(model_dir))}
 weights = "{weights}"
 profile = "cpu"
-placement = {json.dumps(placement)}
+placement = "in-process"
 task = "generate"
 {golden_line}memory-percent = 10
 max-model-len = {max_model_len}
-"""
+{"".join(further)}"""
 
 
 def _key(path: Path) -> Ed25519PrivateKey:

@@ -1,5 +1,5 @@
-"""`python -m tests.enclave.echo_enclave CONFIG [start-delay=S] [die-after=S] [start-fails] [child]`: the real boot with
-the echo engine in place of vLLM.
+"""`python -m tests.enclave.echo_enclave CONFIG [start-delay=S] [die-after=S] [start-fails] [process-fails] [child]`:
+the real boot with the echo engine in place of vLLM, in process or in processes of its own as the configuration says.
 
 For tests of everything around the engine. No configuration can ask for it: only this test program hands it in.
 """
@@ -7,6 +7,7 @@ For tests of everything around the engine. No configuration can ask for it: only
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 from enclave import boot
 from enclave.engine import Engine, EngineError
 from enclave.engine.echo import EchoEngine
+from enclave.engine.uds import ProcessEngine
 from enclave.settings import ModelSettings
 
 
@@ -39,6 +41,11 @@ def main(argv: list[str]) -> int:
     wishes = {name: value for name, _, value in (wish.partition("=") for wish in argv[1:])}
 
     def load(model: ModelSettings, runtime: Path) -> Engine:
+        if model.placement == "process":
+            told = runtime / "wishes.json"
+            told.write_text(json.dumps({"refuse": True} if "process-fails" in wishes else {}))
+            program = (sys.executable, "-m", "tests.enclave.engine.echo_worker", str(told))
+            return ProcessEngine(model, runtime, program=program)
         return Misbehaving(model.id, wishes)
 
     return boot.run(Path(argv[0]), load_engine=load)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,10 +24,10 @@ from enclave.engine.processes import alive, descendants
 from tests.demo.provision import Provisioned, provision
 from tests.devtee.running import running_machine
 from tests.enclave.machine import EnclaveProcess, model_directory
-from tests.enclave.support import NAME, Client
+from tests.enclave.support import NAME, Client, wait_until
 
 
-def make(folder: Path, state: Path, **options: int) -> Provisioned:
+def make(folder: Path, state: Path, **options: Any) -> Provisioned:
     return provision(
         folder / "made", state, model_directory(folder / "model"), None, "parrot",
         f"unix:{folder / 's' / 'e.sock'}", NAME, **options,
@@ -228,7 +230,7 @@ def test_a_boot_that_ends_at_the_engine_leaves_nothing_running(short: Path, wish
                     break
             if "start-fails" in wishes:
                 assert enclave.wait() == 1
-                assert "boot 10/11 engine: FAILED: ENGINE_START" in enclave.text
+                assert "boot 10/11 engine: FAILED: ENGINE_START: model parrot: no such luck" in enclave.text
             else:
                 assert enclave.stop() == 0
                 assert "asked to stop during the boot" in enclave.text
@@ -243,3 +245,83 @@ def test_a_dead_engine_ends_the_whole_process_fail_closed(short: Path) -> None:
             assert enclave.wait() == 3
             assert "engine parrot failed" in enclave.text
         assert not (short / "s" / "e.sock").exists()
+
+
+# --- several models ---------------------------------------------------------------------------------------------------
+
+
+def worker(enclave: EnclaveProcess, model: str) -> int:
+    """pid of the process that serves *model*."""
+    for pid in descendants(enclave.process.pid):
+        if f"--id={model}".encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
+            return pid
+    raise AssertionError(f"no process serves {model}")
+
+
+def asked(path: Path, made: Provisioned, model: str) -> tuple[int, str, str]:
+    """Status, model named in the answer or code of the error, and the head."""
+    headers = f"authorization: Bearer {made.api_key}\r\ncontent-type: application/json\r\n"
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "say it"}]}).encode()
+    with Client(path) as client:
+        status, text = client.get("/v1/chat/completions", method="POST", body=body, headers=headers)
+        document = json.loads(text)
+        return status, document["model"] if status == 200 else document["error"]["code"], client.header.decode()
+
+
+def ready(path: Path) -> tuple[int, dict[str, str]]:
+    with Client(path) as client:
+        status, text = client.get("/health/ready")
+        return status, json.loads(text)["models"]
+
+
+def test_a_process_that_dies_takes_its_own_model_down_and_comes_back(short: Path) -> None:
+    up = {"parrot": "ready", "second": "ready", "third": "ready"}
+    path = short / "s" / "e.sock"
+    with running_machine(short / "tee"):
+        made = make(short, short / "tee", more=("second", "third"))
+        with EnclaveProcess(made.config, short / "tee") as enclave:
+            enclave.wait_for("enclave: ready on unix:")
+            assert "engine: starting second (profile cpu, process)" in enclave.text
+            assert "engine: ok" in enclave.text and "3 started" in enclave.text
+            assert ready(path) == (200, up)
+            for model in up:
+                assert asked(path, made, model)[:2] == (200, model)
+
+            wishes = made.directory / "run" / "engine-1" / "wishes.json"
+            wishes.write_text('{"refuse": true}')  # so that it stays away while we look
+            os.kill(worker(enclave, "second"), signal.SIGKILL)
+            enclave.wait_for('"event":"engine.restart","model":"second"')
+            status, code, head = asked(path, made, "second")
+            assert (status, code) == (503, "engine_unavailable")
+            assert "retry-after:" in head.lower() and "x-should-retry" not in head.lower()
+            assert ready(path) == (200, {**up, "second": "unavailable"})
+            for model in ("parrot", "third"):
+                assert asked(path, made, model)[:2] == (200, model)
+
+            wishes.write_text("{}")
+            wait_until(lambda: ready(path) == (200, up), 60)
+            assert asked(path, made, "second")[:2] == (200, "second")
+            pids = descendants(enclave.process.pid)
+            assert enclave.stop() == 0
+            assert not alive(pids), "a worker was left"
+
+
+def test_a_process_that_does_not_start_stops_the_boot_and_is_named(short: Path) -> None:
+    with running_machine(short / "tee"):
+        made = make(short, short / "tee", more=("second",))
+        with EnclaveProcess(made.config, short / "tee", "process-fails") as enclave:
+            assert enclave.wait() == 1
+            assert "boot 10/11 engine: FAILED: ENGINE_MEMORY: model second: no such luck" in enclave.text
+            assert "hint: free some" in enclave.text
+
+
+def test_enclave_killed_outright_leaves_no_worker(short: Path) -> None:
+    with running_machine(short / "tee"):
+        made = make(short, short / "tee", more=("second",))
+        with EnclaveProcess(made.config, short / "tee") as enclave:
+            enclave.wait_for("enclave: ready on unix:")
+            pids = descendants(enclave.process.pid)
+            assert worker(enclave, "second") in pids
+            enclave.process.kill()
+            enclave.wait()
+            wait_until(lambda: not alive(pids), 10)
