@@ -25,6 +25,7 @@ async def journal(faulty: Faulty) -> AsyncIterator[Journal]:
     async with await Journal.create(faulty, KEY, NOW) as made:
         faulty.writes.clear()
         yield made
+        faulty.gate.set()  # a test that failed before it did must not hang in `close`
 
 
 async def settled(*waiting: asyncio.Task[Checkpoint]) -> list[str]:
@@ -144,12 +145,14 @@ async def test_append_beyond_a_cap_is_refused_and_hurts_nobody(journal: Journal,
 async def test_records_are_taken_as_they_are_at_the_call(journal: Journal, faulty: Faulty) -> None:
     record, records = bytearray(b"one"), [b"two"]
     faulty.gate.clear()
+    journal.submit([b"held at the gate"])
+    await running()
     task = asyncio.create_task(journal.append([record, *records]))  # type: ignore[list-item]  # mutable on purpose
     await running(task)
     record[:] = b"ONE"
     faulty.gate.set()
     await task
-    assert [r async for _, r in journal.replay()] == [b"one", b"two"]
+    assert [r async for _, r in journal.replay()] == [b"held at the gate", b"one", b"two"]
 
 
 # lost answers and failures
@@ -231,7 +234,9 @@ async def test_writer_cancelled_with_its_loop_leaves_nobody_waiting(journal: Jou
 
 async def test_close_writes_what_was_accepted(journal: Journal, faulty: Faulty, tmp_path: Path) -> None:
     faulty.gate.clear()
-    done = [journal.submit([b"%d" % n]) for n in range(5)]
+    done = [journal.submit([b"0"])]
+    await running()
+    done += [journal.submit([b"%d" % n]) for n in range(1, 5)]  # these wait while the first is written
     closing = asyncio.create_task(journal.close())
     await asyncio.sleep(0)
     with pytest.raises(StateError, match="STATE_CLOSED"):

@@ -50,6 +50,7 @@ def test_postgres_url_is_read(url: str, server: Server) -> None:
         "postgresql://u:secret@h:0x10/db?sslmode=disable",
         "postgresql://u:secret@h:99999/db?sslmode=disable",
         "postgresql://u:secret@[h/db?sslmode=disable",
+        "postgresql://u:secret@h\u2100/db?sslmode=disable",
         "postgresql://u:secret@h/?sslmode=disable",
         "postgresql://u:secret@h?sslmode=disable",
         "postgresql://u:secret@h/a/b?sslmode=disable",
