@@ -17,10 +17,11 @@ from typing import Any, Final, Literal
 
 import httpx2
 
+from attestation.client.handshake import NotAttested
 from attestation.client.receipts import MAX_REST, RECEIPT_ID, Exchange, ReceiptRecorder, ReceiptRefused
 from attestation.client.session import AttestedSession
 from attestation.client.target import Target
-from attestation.errors import InputError, RefusedError
+from attestation.errors import InputError, RefusedError, VouchsafeError
 from attestation.policy import Policy
 
 __all__ = [
@@ -294,6 +295,7 @@ class AsyncAttestedTransport(httpx2.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         assert isinstance(request.stream, httpx2.AsyncByteStream)
         body = b"".join([part async for part in request.stream])
+        await self._prepare()
         response = await self._inner.handle_async_request(self._road.route(request, body))
         try:
             exchange = self._road.begin(request, body, response)
@@ -311,6 +313,14 @@ class AsyncAttestedTransport(httpx2.AsyncBaseTransport):
         except BaseException:
             await asyncio.shield(response.aclose())
             raise
+
+    async def _prepare(self) -> None:
+        """Fetch what is missing in a thread: inside the handshake it would hold up the whole event loop."""
+        if not self._road.session.prepared:
+            try:
+                await asyncio.to_thread(self._road.session.prepare)
+            except VouchsafeError as err:
+                raise httpx2.ConnectError(str(err)) from NotAttested(err)
 
     async def _fetch(self, request: httpx2.Request, exchange: Exchange) -> bytes | None:
         response = await self._inner.handle_async_request(self._road.receipt_request(request, exchange))

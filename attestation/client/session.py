@@ -104,6 +104,11 @@ class AttestedSession:
                 self._context = AttestedContext(self, deadline=self._seconds)
             return self._context
 
+    @property
+    def prepared(self) -> bool:
+        """Whether `prepare` would have nothing to wait for now."""
+        return self._newest_valid() and not self._lists.due(int(self._clock()))
+
     def prepare(self) -> None:
         """Make sure that there is evidence to judge a handshake with; blocks while it is fetched, from disk or network.
 

@@ -85,11 +85,15 @@ class StatusLists:
         """Of the newest list seen; -1 before the first."""
         return self._newest.list.serial if self._newest else -1
 
+    def due(self, now: int) -> bool:
+        """Whether the URL would be asked at *now*."""
+        if not self._url or (self._from_url is not None and self._from_url.current(now)):
+            return False
+        return not 0 <= now - self._asked < ASK_AGAIN
+
     def refresh(self, now: int) -> None:
         """Ask the URL if its last list is not current at *now*. Blocks for some ten seconds at most; never raises."""
-        if not self._url or (self._from_url is not None and self._from_url.current(now)):
-            return
-        if 0 <= now - self._asked < ASK_AGAIN:
+        if not self.due(now):
             return
         self._asked = now
         try:

@@ -11,7 +11,6 @@ from attestation.client.script import async_client_for, exit_on_refusal, session
 
 async def main(question: str) -> None:
     session = session_from_env()
-    await asyncio.to_thread(session.prepare)  # fetches evidence; without it the first connection would hold the loop up
     async with async_client_for(session) as http:
         url = f"{session.target.origin}/v1"
         client = AsyncOpenAI(base_url=url, api_key=os.environ["VOUCHSAFE_API_KEY"], http_client=http)

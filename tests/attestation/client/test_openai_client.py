@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import httpx2
 import openai
 import pytest
 
@@ -279,3 +281,32 @@ async def test_async_refusal_lets_no_byte_of_the_prompt_out(story: Genuine) -> N
 async def test_concurrent_async_requests_each_verify_their_own_receipt(server: Server, story: Genuine) -> None:
     async with async_client_of(server, story) as http:
         assert await asyncio.gather(*(async_stream(http) for _ in range(4))) == [TEXT] * 4
+
+
+async def test_evidence_is_fetched_in_a_thread_and_not_in_the_event_loop(
+    server: Server, story: Genuine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from attestation.client import session as module
+
+    seen: list[bool] = []
+    fetch = module.fetch_evidence
+
+    def noted(*args: Any, **kw: Any) -> bytes:
+        seen.append(threading.current_thread() is threading.main_thread())
+        return fetch(*args, **kw)
+
+    monkeypatch.setattr(module, "fetch_evidence", noted)
+    session = session_for(server, story, warm=False)
+    async with async_attested_client(session.target, policy=story.policy, session=session) as http:
+        assert await async_stream(http) == TEXT
+    assert seen == [False]
+
+
+async def test_service_that_cannot_be_reached_is_the_librarys_connect_error(story: Genuine) -> None:
+    with served(story) as gone:
+        session = session_for(gone, story, warm=False)
+    async with async_attested_client(session.target, policy=story.policy, session=session) as http:
+        with pytest.raises(httpx2.ConnectError) as caught:
+            await http.get("/v1/models")
+    refusal = find(caught.value)
+    assert refusal is not None and refusal.code == "TRANSPORT_CONNECT"
