@@ -131,7 +131,17 @@ class Child:
         return said if isinstance(said, dict) else None
 
     async def end(self, *, patience: float = STOP_SECONDS) -> int:
-        """Ask it to end, give it *patience* seconds, kill what is left. Returns how many had to be killed."""
+        """Ask it to end, give it *patience* seconds, kill what is left. Returns how many had to be killed.
+
+        Runs to its end even where the caller is cancelled: half an end would leave a process that nobody knows."""
+        ending = asyncio.ensure_future(self._end(patience))
+        try:
+            return await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await ending
+            raise
+
+    async def _end(self, patience: float) -> int:
         if hasattr(self, "wire"):
             self.wire.close()
         self._below |= processes.descendants(self.pid)

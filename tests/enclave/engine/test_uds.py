@@ -438,6 +438,19 @@ async def test_stop_while_it_is_being_restarted_leaves_nothing(tmp_path: Path) -
     assert processes.descendants().keys() <= before.keys()
 
 
+async def test_end_that_is_cancelled_is_an_end_all_the_same(worker: Worker) -> None:
+    child = worker.engine._child
+    assert child is not None
+    pid = {worker.pid: processes.descendants()[worker.pid]}
+    os.kill(worker.pid, signal.SIGSTOP)
+    ending = asyncio.create_task(child.end(patience=0.3))
+    await asyncio.sleep(0.05)
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    assert not processes.alive(pid)
+
+
 @pytest.mark.parametrize("turns", [1, 5, 30, 300])
 async def test_start_that_is_cancelled_at_any_moment_leaves_nothing(turns: int, tmp_path: Path) -> None:
     made = Worker(tmp_path / "a")
