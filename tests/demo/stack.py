@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,14 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _left(started: list[Process], seconds: float = 10.0) -> list[int]:
+    """Processes that are still there after *seconds*: what was killed takes a moment to be gone from the table."""
+    deadline = time.monotonic() + seconds
+    while (left := [pid for process in started for pid in process.group()]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
 @contextlib.contextmanager
 def running(
     *,
@@ -126,6 +135,6 @@ def running(
             for process in reversed(started):
                 process.stop()
             shutil.rmtree(folder, ignore_errors=True)
-        left = [pid for process in started for pid in process.group()]
+        left = _left(started)
         if left:
             raise Failed("clean-up", f"processes {left} are still there", f"kill {' '.join(map(str, left))}")

@@ -1,8 +1,8 @@
 """Killing any one process in the middle of a stream gives the client an error and no false receipt.
 
 The engine is frozen (SIGSTOP) once the first tokens have arrived, so that the stream is certainly not over when the
-process dies. One boot of the real engine serves the relay's death and then the engine's; the enclave's own death takes
-a second one.
+process dies. The stack of the tests before this file (`live_stack`) serves the relay's death and then the engine's,
+after which it serves nobody: this file comes last in its folder. The enclave's own death takes a second boot.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,8 @@ ERRORS = (openai.APIError, httpx2.HTTPError, ReceiptRefused)
 
 
 @pytest.fixture(scope="module")
-def stack() -> Iterator[Stack]:
-    need_engine()
-    with running() as up:
-        yield up
+def stack(live_stack: Stack) -> Stack:
+    return live_stack
 
 
 def client(stack: Stack, port: int | None = None) -> tuple[AttestedClient, openai.OpenAI]:
