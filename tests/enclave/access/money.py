@@ -35,14 +35,14 @@ class Stored:
 
     def __init__(self, records: Sequence[bytes] = ()) -> None:
         self.records = list(records)
-        self.calls = 0
+        self.calls = self.longest = 0
         self.crash_at: str | None = None
         """`before`, `after`: the next append ends in a Crash."""
         self.gate: asyncio.Event | None = None
         self.wrote = asyncio.Event()
 
     async def append(self, records: Sequence[bytes]) -> None:
-        self.calls += 1
+        self.calls, self.longest = self.calls + 1, max(self.longest, len(records))
         if self.gate is not None:
             await self.gate.wait()
         await asyncio.sleep(0)

@@ -79,6 +79,7 @@ async def test_records_that_do_not_follow_are_refused() -> None:
         ([*records[:2], edited(first, model="unknown")], "LEDGER_TABLE"),
         ([*records[:3], edited(second, time=NOON - 60)], "LEDGER_TIME"),
         ([*records[:2], edited(first, project="proj_b")], "LEDGER_CHAIN"),
+        ([*records[:3], edited(second, seq=3)], "LEDGER_CHAIN"),
         ([*records, b"{}"], "LEDGER_RECORD"),
     ):
         with pytest.raises(LedgerError) as caught:

@@ -23,6 +23,8 @@ from enclave.access.entries import (
 )
 from enclave.access.ledger import Ledger
 from enclave.access.prices import CENT, MAX_NANOUSD, Price, PriceError, PriceTable, Usage
+from enclave.access.writer import MAX_BATCH as WRITER_BATCH
+from enclave.state.base import MAX_BATCH as STATE_BATCH
 from tests.enclave.access.money import NOON, PRICES, Crash, World, opened, receipt, some_usage
 
 SOME = Usage(100, 40, 7, 3)
@@ -118,7 +120,7 @@ async def test_caller_that_is_cancelled_does_not_undo_its_settlement() -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await world.ledger.close()
+    assert (await r.settle("refused")).cost == COST
     assert len(world.stored.settled()) == 1
 
 
@@ -140,10 +142,11 @@ async def test_receipt_that_cannot_be_made_leaves_the_request_open() -> None:
 async def test_many_settlements_share_writes() -> None:
     world = await World().open()
     before = world.stored.calls
-    open_ones = [await world.reserve() for _ in range(600)]
+    open_ones = [await world.reserve() for _ in range(1100)]
     await asyncio.gather(*(r.settle("completed", SOME) for r in open_ones))
-    assert len(world.stored.settled()) == 600
+    assert len(world.stored.settled()) == 1100
     assert world.stored.calls - before <= 4
+    assert world.stored.longest <= WRITER_BATCH <= STATE_BATCH, "the journal would refuse it"
 
 
 # reserving
