@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Final, Literal
 
 from attestation.errors import VouchsafeError
+from enclave.access.records import ModelLimit
 
 __all__ = ["EXACT", "MAX_TOKENS", "STATE_BYTES", "LimitExceeded", "Limiter", "RateLimit", "Ticket", "duration"]
 
@@ -59,15 +60,10 @@ Kind = Literal[
 
 
 @dataclass(frozen=True, slots=True)
-class RateLimit:
-    """Limits of one model in one project, integers from 0 (nothing passes); None: not limited. The names of OpenAI's
-    `project.rate_limit`, and three of ours: tokens per day, requests at a time, and of those with one key."""
+class RateLimit(ModelLimit):
+    """What the organisation keeps of one model in one project, and of its requests at a time those with one key.
+    Integers from 0 (nothing passes); None: not limited."""
 
-    max_requests_per_1_minute: int | None = None
-    max_tokens_per_1_minute: int | None = None
-    max_requests_per_1_day: int | None = None
-    max_tokens_per_1_day: int | None = None
-    max_concurrent_requests: int | None = None
     max_concurrent_requests_per_key: int | None = None
 
     def __post_init__(self) -> None:
