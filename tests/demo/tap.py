@@ -6,7 +6,7 @@
 `carry` sits in front of the relay and writes down every byte that passes, both ways: what the host can see.
 `terminate` is the attack: it ends TLS with a key of its own, talks to the relay as an unverifying client, and writes
 down the plain bytes. With `--mimic` its certificate carries the genuine enclave's evidence, copied. It prints
-`tap: listening on HOST:PORT`. One thread per connection and direction; ends on SIGTERM.
+`tap: listening on HOST:PORT`. Ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import os
+import select
 import signal
 import socket
 import ssl
@@ -81,6 +82,9 @@ def serve(near: socket.socket, onward: tuple[str, int], record: Record, wrap: Wr
         except OSError as err:  # a verifying client hangs up in the handshake: that is the point
             print(f"tap: no connection: {type(err).__name__}", file=sys.stderr, flush=True)
             return
+        if isinstance(near, ssl.SSLSocket) and isinstance(far, ssl.SSLSocket):
+            turn_by_turn(near, far, record)
+            return
         up = threading.Thread(target=copy, args=(near, far, record), daemon=True)
         up.start()
         copy(far, near, record)
@@ -95,6 +99,26 @@ def copy(source: socket.socket, target: socket.socket, record: Record) -> None:
     for end in (source, target):
         with contextlib.suppress(OSError):
             end.shutdown(socket.SHUT_RDWR)
+
+
+def turn_by_turn(near: ssl.SSLSocket, far: ssl.SSLSocket, record: Record) -> None:
+    """Both directions in one thread: OpenSSL lets no two threads use one connection, even to read and to write."""
+    other = {near: far, far: near}
+    with contextlib.suppress(OSError, ValueError):
+        while True:
+            ready = [end for end in other if end.pending()] or select.select(list(other), [], [])[0]
+            for end in ready:
+                end.setblocking(False)
+                try:
+                    data = end.recv(65536)
+                except (ssl.SSLWantReadError, ssl.SSLWantWriteError):  # part of a record, or no data of the user's
+                    continue
+                finally:
+                    end.setblocking(True)
+                if not data:
+                    return
+                record.write(data)
+                other[end].sendall(data)
 
 
 def terminating(onward: tuple[str, int], name: str, *, mimic: bool) -> Wrap:
