@@ -10,15 +10,17 @@
     8 quote           over claims that commit to all of it
     9 certificate     verified by the enclave as a client would
     10 engine         started, and its stored answers come out as measured
-    11 listen
+    11 state          the storage answers, and says whether there is state
+    12 listen
 
 Runs in the enclave; owns the signals, the engines and the order of the end: refuse, drain, stop the engines, leave no
 child. Whatever fails after the boot ends the whole process: what cannot be verified is not degraded, it is off. The one
 exception is an engine in a process of its own: its model answers 503 until it has been started and tested again, and
 the other models go on. An engine mounted in this process shares its fate.
 
-Ready means: every stage has passed, so every configured engine has been healthy once; the certificate is valid; at
-least one model can answer now.
+Ready means: every stage has passed, so every configured engine has been healthy once; the operator has opened the
+state, through the attested channel; the certificate is valid; at least one model can answer now. Until the state is
+open, the enclave proves who it is and serves nothing else.
 
 Exit status: 0 stopped in order, 1 a stage failed, 2 the operator's own input cannot be used, 3 an engine or the
 server failed while serving.
@@ -45,21 +47,24 @@ from attestation.policy import Policy
 from attestation.tdx import append_records, rtmr3_items, rtmr_after
 from enclave import engine as engines
 from enclave import hardening, telemetry
-from enclave.access import KeyCheck
 from enclave.api.app import Gateway
 from enclave.api.attestation import Attestation
 from enclave.api.health import health_routes
+from enclave.api.record import Execution
 from enclave.channel import ChannelProver
 from enclave.clock import Clock
+from enclave.custody import Custody
 from enclave.documents import read_statements
 from enclave.engine import Engine, EngineError, processes
 from enclave.inputs import appraisal_policy, golden_answers, own_runtime, private_directory
 from enclave.issuer import DRAIN, Draft, Issuer
 from enclave.keys import KeyRing
+from enclave.metrics import Metrics
 from enclave.producer import Producer, Worker
 from enclave.receipts import ReceiptStore
 from enclave.server import EnclaveServer, address, bind, make_server
 from enclave.settings import ModelSettings, Settings
+from enclave.tenancy import Slots
 from enclave.tls import Endpoint
 from enclave.weights import file_list_digest
 
@@ -67,7 +72,7 @@ __all__ = ["STAGES", "Boot", "BootFailed", "Console", "run"]
 
 STAGES: Final = (
     "configuration", "hardening", "gpu probe", "weights", "keys", "gpu evidence", "rtmr3", "quote", "certificate",
-    "engine", "listen",
+    "engine", "state", "listen",
 )  # fmt: skip
 STOP_DRAIN: Final = 30
 """Seconds that running answers get when the enclave is asked to stop."""
@@ -77,6 +82,12 @@ READY_PATIENCE: Final = 5.0
 """Seconds that the driver gets to withdraw the GPUs' ready state at the end."""
 RTMR_INDEX: Final = 4  # of RTMR3 in event logs (CCEL: 1 to 4)
 EV_EVENT_TAG: Final = 6
+
+_WAITS: Final = {
+    "new": "and waits for `vouchsafe bootstrap`: there is no state yet",
+    "locked": "and waits for `vouchsafe unlock`: its state is locked",
+    "open": "its state is open",
+}
 
 LoadEngine = Callable[[ModelSettings, Path], Engine]
 
@@ -113,6 +124,7 @@ class Boot:
         self.producer: Producer | None = None
         self.issuer: Issuer
         self.engines: dict[str, Engine] = {}
+        self.custody: Custody | None = None
         self.prover: ChannelProver | None = None
         self.server: EnclaveServer | None = None
         self.serve_task: asyncio.Task[None] | None = None
@@ -124,14 +136,16 @@ class Boot:
         self._files = Worker("weights")
 
     def ready(self) -> bool:
-        """True after every stage, while the certificate is valid, a model can answer and nothing has to stop."""
-        return self.serving and self.issuer.valid and any(e.healthy for e in self.engines.values())
+        """True after every stage, while the state is open, the certificate is valid, a model can answer and nothing
+        has to stop."""
+        is_open = self.custody is not None and self.custody.tenancy is not None
+        return self.serving and is_open and self.issuer.valid and any(e.healthy for e in self.engines.values())
 
     async def up(self) -> None:
         """All stages. Raises `BootFailed`."""
         steps: tuple[Callable[[], Awaitable[str]], ...] = (
             self._configuration, self._hardening, self._gpu_probe, self._weights, self._keys, self._gpu_evidence,
-            self._rtmr3, self._quote, self._certificate, self._engine, self._listen,
+            self._rtmr3, self._quote, self._certificate, self._engine, self._state, self._listen,
         )  # fmt: skip
         for number, (name, step) in enumerate(zip(STAGES, steps, strict=True), 1):
             begun = time.monotonic()
@@ -260,16 +274,32 @@ class Boot:
         tested = sum(m.golden is not None for m in self.settings.models)
         return f"{len(self.engines)} started, {tested} self-tested"
 
+    async def _state(self) -> str:
+        s = self.settings
+        slots = {m.id: Slots(engines.slots(m), m.max_model_len) for m in s.models}
+        self.custody = Custody(
+            s.state.url, s.access.bootstrap_sha256, s.prices, slots, self.clock.now, opened=self._opened
+        )
+        return await self.custody.look()
+
+    def _opened(self) -> None:
+        self._console.say(f"enclave: ready on {self.address}")
+
     async def _listen(self) -> str:
-        assert self.producer is not None and self._socket is not None
+        assert self.producer is not None and self._socket is not None and self.custody is not None
         self.prover = ChannelProver(self.producer)
         evidence = Attestation(self.issuer.bundle, self.producer, self.prover)
+        health = health_routes(self.ready, lambda: bool(self.issuer.failing), self._states, lambda: self.custody_state)
+        release = f"sha256:{self._release.hex()}"
+        metrics = self._metrics()
         app = Gateway(
             engines=self.engines,
-            access=KeyCheck(self.settings.access.api_key_sha256.hex()),
+            executions={m.id: Execution(m.weights, release) for m in self.settings.models},
+            custody=self.custody,
             receipts=ReceiptStore(),
-            public={**evidence.routes, **health_routes(self.ready, lambda: bool(self.issuer.failing), self._states)},
+            public={**evidence.routes, **health, ("GET", "/metrics"): metrics.app},
             ready=self.ready,
+            metrics=metrics,
         )
         endpoint = Endpoint(
             lambda: self.issuer.current,
@@ -287,6 +317,13 @@ class Boot:
         telemetry.event("listen", address=self.settings.listen.kind)
         return str(self.address)
 
+    @property
+    def custody_state(self) -> str:
+        return "new" if self.custody is None else self.custody.state
+
+    def _metrics(self) -> Metrics:
+        return Metrics({m.id: m.task for m in self.settings.models})
+
     def _states(self) -> dict[str, bool]:
         return {id: engine.healthy for id, engine in self.engines.items()}
 
@@ -299,12 +336,13 @@ class Boot:
 
     async def failure(self) -> str:
         """Returns, with the reason, when something fails while serving. Cancelled at an orderly stop."""
-        assert self.serve_task is not None and self.renew_task is not None
+        assert self.serve_task is not None and self.renew_task is not None and self.custody is not None
         watched: dict[asyncio.Task[Any], str] = {
             self.serve_task: "the server ended",
             self.renew_task: "the renewal of certificates ended",
         }
         waits = {asyncio.create_task(e.wait_failed()): f"engine {id} failed" for id, e in self.engines.items()}
+        waits[asyncio.create_task(self.custody.wait_failed())] = "state failed: its storage takes no more records"
         try:
             done, _ = await asyncio.wait({*watched, *waits}, return_when=asyncio.FIRST_COMPLETED)
             first = next(iter(done))
@@ -323,6 +361,8 @@ class Boot:
         if self.renew_task is not None:
             self.renew_task.cancel()
             await asyncio.gather(self.renew_task, return_exceptions=True)
+        if self.custody is not None:
+            await self.custody.close()
         if self.prover is not None:
             await self.prover.close()
         for engine in self.engines.values():
@@ -389,7 +429,7 @@ async def serve(config: Path, console: Console, load_engine: LoadEngine) -> int:
             console.say(
                 "enclave: DEVELOPMENT policy: its roots are not Intel's and NVIDIA's, nothing rests on hardware"
             )
-        console.say(f"enclave: ready on {boot.address}")
+        console.say(f"enclave: listening on {boot.address}, {_WAITS[boot.custody_state]}")
         failing = asyncio.create_task(boot.failure())
         await asyncio.wait({failing, stopping}, return_when=asyncio.FIRST_COMPLETED)
         begun = time.monotonic()

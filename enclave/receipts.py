@@ -8,7 +8,6 @@ given only to the credential of its request, because the hash of a body confirms
 from __future__ import annotations
 
 import asyncio
-import hmac
 import secrets
 import time
 from collections import OrderedDict
@@ -80,9 +79,10 @@ def issue(
 @dataclass(frozen=True, slots=True)
 class _Entry:
     raw: bytes = field(repr=False)
-    key_digest: bytes | None = field(repr=False)
+    owner: str | None
     chat_id: str | None
     expires: float
+    durable: asyncio.Future[None] | None
 
 
 class ReceiptStore:
@@ -107,24 +107,30 @@ class ReceiptStore:
         self._clock = clock
         self._sweeping: asyncio.TimerHandle | None = None
 
-    def add(self, receipt_id: str, raw: bytes, *, key_digest: bytes | None, chat_id: str | None = None) -> None:
-        """Keep *raw* for the holder of the key with that SHA-256, for anybody who knows the id when it is None."""
+    def add(
+        self, receipt_id: str, raw: bytes, *, owner: str | None, chat_id: str | None = None,
+        durable: asyncio.Future[None] | None = None,
+    ) -> None:  # fmt: skip
+        """Keep *raw* for the API key with the id *owner*, for anybody who knows the receipt's id when it is None; from
+        when *durable* is done, at once without."""
         now = self._clock()
-        room = self._public if key_digest is None else self._kept
-        room.add(receipt_id, _Entry(raw, key_digest, chat_id, now + self._keep))
+        room = self._public if owner is None else self._kept
+        room.add(receipt_id, _Entry(raw, owner, chat_id, now + self._keep, durable))
         self.sweep()
 
-    def get(self, id: str, key_digest: bytes | None) -> bytes | None:
-        """The receipt with that receipt id or chat id, None when unknown, expired or of another credential."""
+    async def get(self, id: str, owner: str | None) -> bytes | None:
+        """The receipt with that receipt id or chat id, None when unknown, expired or of another key, and when its
+        entry in the ledger could not be made durable."""
         self.sweep()
         for room in (self._kept, self._public):
             entry = room.get(id)
-            if entry is None:
+            if entry is None or entry.owner not in (None, owner):
                 continue
-            if entry.key_digest is None:
-                return entry.raw
-            if key_digest is not None and hmac.compare_digest(entry.key_digest, key_digest):
-                return entry.raw
+            if entry.durable is not None:
+                await asyncio.wait({entry.durable})
+                if entry.durable.cancelled() or entry.durable.exception() is not None:
+                    return None
+            return entry.raw
         return None
 
     def sweep(self) -> None:

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, TypeVar
 
 from attestation.errors import InputError
+from enclave.access.prices import PriceTable
+from enclave.state.location import parse_postgres
 
 __all__ = [
     "AccessSettings",
@@ -27,6 +29,7 @@ __all__ = [
     "ModelSettings",
     "PathSettings",
     "Settings",
+    "StateSettings",
 ]
 
 T = TypeVar("T")
@@ -96,9 +99,17 @@ class GpuSettings:
 
 @dataclass(frozen=True, slots=True)
 class AccessSettings:
-    """SHA-256 of the one API key. Not the key: the configuration is public."""
+    """SHA-256 of the secret (its ASCII text, at least 128 random bits) for whose holder the first admin key is made,
+    once. Not the secret: the configuration is public."""
 
-    api_key_sha256: bytes
+    bootstrap_sha256: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StateSettings:
+    """Where the host keeps the sealed state: `sqlite:PATH`, or a `postgresql://` URL (`enclave.state.location`)."""
+
+    url: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +149,8 @@ class Settings:
     gpu: GpuSettings
     lifetime: int
     access: AccessSettings
+    state: StateSettings
+    prices: PriceTable
     models: tuple[ModelSettings, ...]
     digest: bytes = field(default=b"")
 
@@ -253,11 +266,16 @@ def _settings(top: _Table, digest: bytes) -> Settings:
         gpu=GpuSettings(gpu.integer("count", 0, 16), gpu.integer("switches", 0, 8)),
         lifetime=certificate.integer("lifetime-seconds", MIN_LIFETIME, MAX_LIFETIME),
         access=_access(top),
+        state=_state(top),
+        prices=PriceTable.parse(top.take("prices", dict)),
         models=_models(top),
         digest=digest,
     )
     for table in (paths, appraisal, gpu, certificate):
         table.done()
+    priced, served = set(settings.prices.models), {m.id for m in settings.models}
+    if priced != served:  # without a price nothing is served, and a price without a model is a slip of the pen
+        top.refuse("prices.models", "are not the models served", expected=sorted(served), actual=sorted(priced))
     if settings.gpu.switches and not settings.gpu.count:
         gpu.refuse("switches", "switches without a GPU make no sense", expected=0, actual=settings.gpu.switches)
     return settings
@@ -294,9 +312,22 @@ def _listen(top: _Table) -> Listen:
 
 def _access(top: _Table) -> AccessSettings:
     table = top.table("access")
-    access = AccessSettings(table.sha256("api-key-sha256"))
+    access = AccessSettings(table.sha256("bootstrap-sha256"))
     table.done()
     return access
+
+
+def _state(top: _Table) -> StateSettings:
+    table = top.table("state")
+    url = table.take("url", str)
+    table.done()
+    if url.startswith("sqlite:"):
+        path = top.base / url.removeprefix("sqlite:")
+        if not path.parent.is_dir():
+            top.refuse("state.url", f"there is no directory {path.parent}", hint="create it, or correct the path")
+        return StateSettings(f"sqlite:{path}")
+    parse_postgres(url)  # what cannot be read is told now, not after the engines have started
+    return StateSettings(url)
 
 
 def _models(top: _Table) -> tuple[ModelSettings, ...]:

@@ -59,6 +59,7 @@ EVENTS: Final[Mapping[str, Mapping[str, str]]] = {
     "gpu.stopped": {"code": _SAFE, "done": _BOOL},
     "listen": {"address": _SAFE},
     "connection.refused": {"code": _SAFE},
+    "state": {"state": _SAFE, "how": _SAFE, "code": _SAFE},
     "stop": {"reason": _SAFE, "ms": _INT},
     "engine.started": {"model": _SAFE, "profile": _SAFE, "version": _SAFE, "ms": _INT},
     "engine.failed": {"model": _SAFE, "reason": _SAFE},

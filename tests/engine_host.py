@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
 import os
 import signal
@@ -25,13 +24,11 @@ import uvicorn
 
 from enclave import engine as engines
 from enclave import telemetry
-from enclave.access import KeyCheck
-from enclave.api.app import Gateway
 from enclave.engine import processes
 from enclave.engine.base import Receive, Scope, Send
 from enclave.inputs import golden_answers, private_directory
-from enclave.receipts import ReceiptStore
-from tests.enclave.api.client import API_KEY, Connection
+from tests.enclave.api.client import Connection
+from tests.enclave.api.serving import gateway, tenancy_of
 from tests.engine_models import Model
 
 
@@ -62,18 +59,13 @@ async def serve(models: list[Model], runtime: Path, report: Path) -> None:
         served[model.id] = engine
         say(**{f"up:{model.id}": round(time.monotonic() - begun, 1)})
     children = processes.descendants()
-    gateway = Gateway(
-        engines=served,
-        access=KeyCheck(hashlib.sha256(API_KEY.encode()).hexdigest()),
-        receipts=ReceiptStore(),
-        public={},
-        ready=lambda: True,
-    )
+    tenancy = await tenancy_of(list(served), slots=engines.slots(models[0]), context=models[0].max_model_len)
+    app_of_ours = await gateway(*served.values(), tenancy=tenancy)
     connection = Connection()
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         scope["vouchsafe"] = connection
-        await gateway(scope, receive, send)
+        await app_of_ours(scope, receive, send)
 
     listening = socket.create_server(("127.0.0.1", 0))
     server = Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none"))
@@ -83,6 +75,7 @@ async def serve(models: list[Model], runtime: Path, report: Path) -> None:
     await server.serve(sockets=[listening])
     for task in watch:
         task.cancel()
+    await tenancy.close()
     await asyncio.gather(*watch, *(engine.stop() for engine in served.values()), return_exceptions=True)
     say(stopped=True, left=_left(), dropped=dict(telemetry.dropped))
 

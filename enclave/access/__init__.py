@@ -1,5 +1,1 @@
-"""Who may ask: API keys. Projects, limits and budgets build on the digest that `KeyCheck` returns."""
-
-from enclave.access.keys import KeyCheck
-
-__all__ = ["KeyCheck"]
+"""Who may ask what of which model, how much of it, and what it costs. Put together by `enclave.tenancy`."""

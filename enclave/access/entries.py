@@ -30,7 +30,7 @@ T = TypeVar("T")
 MINUTE: Final = 60
 Operation = Literal["completions", "embeddings"]
 """Which of OpenAI's usage pages a request belongs to; chat, responses and messages are completions."""
-Outcome = Literal["completed", "client_disconnected", "upstream_error", "refused", "gateway_restart"]
+Outcome = Literal["completed", "client_disconnected", "key_revoked", "upstream_error", "refused", "gateway_restart"]
 UNBILLED: Final[frozenset[Outcome]] = frozenset({"upstream_error", "refused"})
 """The engine failed, or refused the request: no tokens are entered and nothing is charged."""
 

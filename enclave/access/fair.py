@@ -90,6 +90,11 @@ class FairQueue:
         self._held_ms = float(FIRST_GUESS_MS)
 
     @property
+    def free(self) -> bool:
+        """Whether a slot is taken without waiting."""
+        return self._free > 0
+
+    @property
     def running(self) -> int:
         """Slots that are taken."""
         return self._slots - self._free

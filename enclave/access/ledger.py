@@ -69,7 +69,7 @@ class Reservation:
 
     def __init__(self, ledger: Ledger, held: Held, table: PriceTable) -> None:
         self._ledger, self.held, self.table = ledger, held, table
-        self.usage = ZERO
+        self._usage: Usage | Callable[[], Usage] = ZERO
         self.told: Usage | None = None
         self.entry: Entry | None = None
         self.durable: asyncio.Future[None] | None = None
@@ -79,9 +79,22 @@ class Reservation:
         """nano-USD that are reserved: no more than this will be charged."""
         return self.held.amount
 
-    def progress(self, usage: Usage) -> None:
-        """What it has used by now, all told. The last figure counts; after `settle` none does."""
-        self.usage = usage
+    @property
+    def usage(self) -> Usage:
+        """What it has used by now."""
+        return self._usage() if callable(self._usage) else self._usage
+
+    def progress(self, usage: Usage | Callable[[], Usage]) -> None:
+        """What it has used by now, all told, or who can say so at any time. The last one given counts; after `settle`
+        none does."""
+        self._usage = usage
+
+    def finish(self, outcome: Outcome, usage: Usage | None = None, receipt: MakeReceipt | None = None) -> Entry:
+        """`settle` without waiting: `durable` is done when the entry is. Until then nobody may be given its receipt."""
+        if self.entry is None:  # exactly once: whoever comes second gets what the first made
+            self._ledger._finish(self, outcome, usage, receipt)
+        assert self.entry is not None
+        return self.entry
 
     async def settle(self, outcome: Outcome, usage: Usage | None = None, receipt: MakeReceipt | None = None) -> Entry:
         """Charge *usage* (None: the last figure of `progress`), once; returns the durable entry.
@@ -89,7 +102,10 @@ class Reservation:
         `upstream_error` and `refused` charge nothing. A second call changes nothing and returns the first one's entry.
         Cancelling the caller does not undo it. Raises `LedgerError`: what is durable then, the next opening tells.
         """
-        return await self._ledger._settle(self, outcome, usage, receipt)
+        entry = self.finish(outcome, usage, receipt)
+        assert self.durable is not None
+        await asyncio.shield(self.durable)
+        return entry
 
 
 class Ledger:
@@ -165,10 +181,11 @@ class Ledger:
         writer = self._checked_writer()
         last: asyncio.Future[None] | None = None
         for r in self._open.values():
-            if r.usage != r.told:
+            usage = r.usage
+            if usage != r.told:
                 first = r.told is None
-                record: Record = replace(r.held, usage=r.usage) if first else Progress(r.held.request_id, r.usage)
-                last, r.told = writer.put(encode_record(record)), r.usage
+                record: Record = replace(r.held, usage=usage) if first else Progress(r.held.request_id, usage)
+                last, r.told = writer.put(encode_record(record)), usage
         if last is not None:
             await asyncio.shield(last)
 
@@ -189,15 +206,6 @@ class Ledger:
         self._writer.check()
 
     # settling
-
-    async def _settle(
-        self, r: Reservation, outcome: Outcome, usage: Usage | None, receipt: MakeReceipt | None
-    ) -> Entry:
-        if r.entry is None:  # exactly once: whoever comes second gets what the first made
-            self._finish(r, outcome, usage, receipt)
-        assert r.entry is not None and r.durable is not None
-        await asyncio.shield(r.durable)
-        return r.entry
 
     def _finish(self, r: Reservation, outcome: Outcome, usage: Usage | None, receipt: MakeReceipt | None) -> None:
         """In one step: entry, receipt, sums, and the record's place in the journal. All of it, or an exception."""

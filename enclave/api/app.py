@@ -2,7 +2,7 @@
 
 One table, `(method, exact path) → handler`. Attestation and health routes are given to it ready-made and need no key;
 models, inference and receipts are its own and do. What stands under `/v1/organization/` has a table of its own and a
-kind of key of its own (`enclave.api.admin`). No other pattern matching, no sub-application, no websocket. Runs in the
+kind of key of its own (`enclave.api.admin`), `/v1/state` what comes before any key (`enclave.api.state`). No other pattern matching, no sub-application, no websocket. Runs in the
 enclave behind the TLS server, which puts the connection into `scope["vouchsafe"]`; it trusts nothing that a client
 sends and tells the log only what `Exchange.log` names.
 """
@@ -11,20 +11,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from typing import Final
 
-from enclave.access import KeyCheck
 from enclave.access.keys import bearer
+from enclave.access.organization import Caller
+from enclave.api import elsewhere
 from enclave.api.admin import Admin
 from enclave.api.admin.routes import PREFIX
-from enclave.api.embeddings import EMBEDDINGS
-from enclave.api.errors import INTERNAL, INVALID_KEY, UNKNOWN_URL, Refused
+from enclave.api.counting import Counting
+from enclave.api.errors import INTERNAL, INVALID_KEY, NO_SCOPE, Refused
 from enclave.api.exchange import Exchange
 from enclave.api.inference import Inference
 from enclave.api.openai import model_list, model_object, receipt_answer
-from enclave.api.requests import CHAT, COMPLETIONS
+from enclave.api.record import Execution
+from enclave.api.state import STATE_LOCKED, StateRoutes
+from enclave.api.surfaces import SURFACES
+from enclave.custody import Custody
 from enclave.engine.base import ASGIApp, Engine, Receive, Scope, Send
+from enclave.metrics import Metrics
 from enclave.receipts import ReceiptStore
+from enclave.tenancy import Tenancy
 
 __all__ = ["Gateway"]
 
@@ -36,35 +43,42 @@ _RECEIPTS: Final = "/v1/aci/receipts/"
 class Gateway:
     """ASGI app for all traffic.
 
-    engines   model id → engine, as configured
-    access    who may ask
+    engines   model id → engine, as configured;  executions   model id → what receipts say of it
+    custody   the state: until it is open, what needs it answers 503
     receipts  where receipts are kept
-    public    routes that need no key: attestation and health
+    public    routes that need no key: attestation, health, metrics
     ready     false until the boot has passed every stage, and again when the enclave stops
-    admin     what answers under `/v1/organization/`; without it nothing is there
+    metrics   is told of every request
     """
 
     def __init__(
         self,
         *,
         engines: Mapping[str, Engine],
-        access: KeyCheck,
+        executions: Mapping[str, Execution],
+        custody: Custody,
         receipts: ReceiptStore,
         public: Mapping[tuple[str, str], ASGIApp],
         ready: Callable[[], bool],
-        admin: Admin | None = None,
+        metrics: Metrics,
     ) -> None:
         self._engines = dict(engines)
-        self._access = access
+        self._custody = custody
         self._receipts = receipts
-        self._admin = admin
+        self._metrics = metrics
         self._created = int(time.time())
-        inference = Inference(engines=self._engines, access=access, receipts=receipts, ready=ready)
+        self._admin: tuple[Tenancy, Admin] | None = None
+        inference = Inference(
+            engines=self._engines, executions=executions, tenancy=lambda: custody.tenancy, receipts=receipts,
+            ready=ready, limited=metrics.limited,
+        )  # fmt: skip
+        counting = Counting(engines=self._engines, tenancy=lambda: custody.tenancy)
+        state = StateRoutes(custody)
         self._table: dict[tuple[str, str], Handler] = {
             ("GET", "/v1/models"): self._list_models,
-            ("POST", CHAT.path): lambda x: inference.serve(x, CHAT),
-            ("POST", COMPLETIONS.path): lambda x: inference.serve(x, COMPLETIONS),
-            ("POST", EMBEDDINGS.path): lambda x: inference.serve(x, EMBEDDINGS),
+            **{("POST", s.path): partial(inference.serve, surface=s) for s in SURFACES},
+            **counting.routes,
+            **state.routes,
         }
         self._named: dict[tuple[str, str], Callable[[Exchange, str], Awaitable[None]]] = {
             ("GET", _MODELS): self._get_model,
@@ -79,7 +93,7 @@ class Gateway:
     def routes(self) -> frozenset[tuple[str, str]]:
         """Every route there is, as (method, path); ids are in braces."""
         own = frozenset(self._table) | {(method, prefix + "{id}") for method, prefix in self._named}
-        return own if self._admin is None else own | self._admin.routes
+        return own | Admin.routes()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -102,6 +116,11 @@ class Gateway:
                 await x.refuse(INTERNAL)
         finally:
             x.log()
+            self._metrics.request(
+                route=x.route, model=x.model, status=x.status or 0, code=x.code, outcome=x.outcome,
+                stream=bool(x.stream), seconds=x.seconds, first_seconds=x.first_seconds,
+                input_tokens=x.usage.input_tokens, output_tokens=x.usage.output_tokens,
+            )  # fmt: skip
 
     def _find(self, x: Exchange) -> Handler:
         method, path = x.scope["method"], x.scope["path"]
@@ -109,29 +128,47 @@ class Gateway:
         if handler is not None and x.scope.get("raw_path") in (None, path.encode("utf-8")):
             x.route = path
             return handler
-        if self._admin is not None and path.startswith(PREFIX):
-            return self._admin.serve
+        if path.startswith(PREFIX):
+            return self._administer
         for (verb, prefix), named in self._named.items():
             if method == verb and path.startswith(prefix) and len(path) > len(prefix):
                 x.route = prefix + "id"
                 return lambda x: named(x, path[len(prefix) :])
         return _unknown
 
+    async def _administer(self, x: Exchange) -> None:
+        tenancy = self._open()
+        if self._admin is None or self._admin[0] is not tenancy:
+            self._admin = (tenancy, Admin(tenancy.organization, list(self._engines), tenancy.ledger))
+        await self._admin[1].serve(x)
+
     async def _list_models(self, x: Exchange) -> None:
-        self._require_key(x)
-        await x.answer(200, model_list(self._engines, self._created))
+        caller = self._caller(x, "models.read")
+        await x.answer(200, model_list(filter(caller.may_use, self._engines), self._created))
 
     async def _get_model(self, x: Exchange, id: str) -> None:
-        self._require_key(x)
-        await x.answer(200, model_object(self._engines, id, self._created))
+        caller = self._caller(x, "models.read")
+        await x.answer(200, model_object(filter(caller.may_use, self._engines), id, self._created))
 
     async def _get_receipt(self, x: Exchange, id: str) -> None:
         token = bearer(x.scope["headers"])
-        await x.answer(200, receipt_answer(self._receipts, id, token=token, key_digest=self._access.allowed(token)))
+        caller = None if token is None else self._open().organization.caller(token)
+        owner = caller.key.id if caller is not None and caller.may("receipts.read") else None
+        await x.answer(200, await receipt_answer(self._receipts, id, token=token, owner=owner))
 
-    def _require_key(self, x: Exchange) -> None:
-        if self._access.allowed(bearer(x.scope["headers"])) is None:
+    def _caller(self, x: Exchange, scope: str) -> Caller:
+        token = bearer(x.scope["headers"])
+        caller = None if token is None else self._open().organization.caller(token)
+        if caller is None:
             raise Refused(INVALID_KEY)
+        if not caller.may(scope):
+            raise Refused(NO_SCOPE)
+        return caller
+
+    def _open(self) -> Tenancy:
+        if self._custody.tenancy is None:
+            raise Refused(STATE_LOCKED)
+        return self._custody.tenancy
 
 
 def _public(app: ASGIApp) -> Handler:
@@ -142,7 +179,7 @@ def _public(app: ASGIApp) -> Handler:
 
 
 async def _unknown(x: Exchange) -> None:
-    raise Refused(UNKNOWN_URL)
+    raise Refused(elsewhere.refusal(x.scope["method"], x.scope["path"]))
 
 
 async def _lifespan(receive: Receive, send: Send) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ __all__ = [
     "engine_refusal",
     "error_event",
     "other_task",
+    "over_limit",
     "refusal_from_engine_event",
     "unavailable",
 ]
@@ -67,6 +68,13 @@ INVALID_KEY: Final = Refusal(
     code="invalid_api_key",
     headers=((b"www-authenticate", b"Bearer"),),
 )
+NO_MODEL: Final = Refusal(404, "The model does not exist or you do not have access to it.", code="model_not_found")
+NOT_ALLOWED: Final = Refusal(
+    403, "Your project does not have access to this model.", "permission_error", "model_not_allowed", "model"
+)
+NO_SCOPE: Final = Refusal(
+    403, "This API key does not have the scope for this request.", "permission_error", "insufficient_scope"
+)
 TOO_LARGE: Final = Refusal(413, "The request body is too large.", code="request_too_large", headers=(NO_RETRY, CLOSE))
 TOO_SLOW: Final = Refusal(
     408, "The request body did not arrive in time.", code="request_timeout", headers=(NO_RETRY, CLOSE)
@@ -98,6 +106,21 @@ def other_task(path: str, serving: Sequence[str]) -> Refusal:
     named = f"Models that do: {', '.join(serving)}." if serving else "No model here does."
     message = f"This model is not served on {path}. {named}"
     return Refusal(404, message, code="model_not_supported", param="model")
+
+
+def over_limit(
+    kind: str, limit: int, retry_after_ms: int | None, headers: Iterable[tuple[bytes, bytes]] = ()
+) -> Refusal:
+    """429 for a limit of the project, with the time until the request fits; None: it never will."""
+    what = kind.replace("_", " ")
+    if retry_after_ms is None:
+        message = f"The request is larger than the limit of {what}: {limit}."
+        retry: tuple[tuple[bytes, bytes], ...] = (NO_RETRY,)
+    else:
+        seconds = -(-retry_after_ms // 1000)
+        message = f"The limit of {what} is reached: {limit}. Try again in {seconds} s."
+        retry = ((b"retry-after-ms", str(retry_after_ms).encode()), (b"retry-after", str(seconds).encode()))
+    return Refusal(429, message, "rate_limit_error", "rate_limit_exceeded", headers=(*retry, *headers))
 
 
 def engine_refusal(status: int, body: bytes) -> Refusal:

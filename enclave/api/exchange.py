@@ -6,10 +6,11 @@ import asyncio
 import re
 import secrets
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
 from enclave import telemetry
+from enclave.access.prices import ZERO
 from enclave.api.errors import TOO_LARGE, TOO_SLOW, Refusal, Refused
 from enclave.engine.base import Message, Receive, Scope, Send
 from enclave.receipts import SigningIdentity
@@ -46,6 +47,8 @@ class Exchange:
     route      template of the route for the log, `other` when there is none
     model      registered model id once known
     receipt_id   set for inference requests
+    usage      what was charged for, once settled
+    error_body   how an error looks on this route
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,6 +67,8 @@ class Exchange:
         self.bytes_in = 0
         self.bytes_out = 0
         self.events: int | None = None
+        self.usage = ZERO
+        self.error_body: Callable[[Refusal], bytes] = Refusal.body
         self.status: int | None = None
         self._send = send
         self._begun = time.monotonic()
@@ -132,7 +137,7 @@ class Exchange:
 
     async def refuse(self, refusal: Refusal) -> None:
         self.code = refusal.code
-        await self.answer(refusal.status, refusal.body(), extra=refusal.headers)
+        await self.answer(refusal.status, self.error_body(refusal), extra=refusal.headers)
 
     async def pass_on(self, message: Message) -> None:
         """`send` for an app of ours that answers by itself: its start message gets our headers."""
@@ -148,6 +153,15 @@ class Exchange:
         elif message["type"] == "http.response.body":
             self.bytes_out += len(message.get("body", b""))
         await self._send(message)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun
+
+    @property
+    def first_seconds(self) -> float | None:
+        """Until the first byte of the answer."""
+        return None if self._first is None else self._first - self._begun
 
     def log(self) -> None:
         """The canonical line: counts, durations, ids and codes of ours; nothing a caller chose."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from enclave.api.errors import NO_CREDENTIAL, NO_RECEIPT, Refusal, Refused
+from enclave.api.errors import NO_CREDENTIAL, NO_MODEL, NO_RECEIPT, Refused
 from enclave.receipts import ReceiptStore
 
 __all__ = ["model_list", "model_object", "receipt_answer"]
@@ -20,22 +20,21 @@ def model_list(ids: Iterable[str], created: int) -> bytes:
 def model_object(ids: Iterable[str], id: str, created: int) -> bytes:
     """`GET /v1/models/{id}`. Raises Refused 404 `model_not_found`."""
     if id not in ids:
-        message = "The model does not exist or you do not have access to it."
-        raise Refused(Refusal(404, message, code="model_not_found"))
+        raise Refused(NO_MODEL)
     return _json(_model(id, created))
 
 
-def receipt_answer(store: ReceiptStore, id: str, *, token: bytes | None, key_digest: bytes | None) -> bytes:
+async def receipt_answer(store: ReceiptStore, id: str, *, token: bytes | None, owner: str | None) -> bytes:
     """`GET /v1/aci/receipts/{id}` (aci/1). No credential is 401; a wrong one is 404 exactly like an unknown id, so
     that a stranger learns not even that a receipt exists."""
-    raw = store.get(id, key_digest)
+    raw = await store.get(id, owner)
     if raw is not None:
         return raw
     raise Refused(NO_CREDENTIAL if token is None else NO_RECEIPT)
 
 
 def _model(id: str, created: int) -> dict[str, Any]:  # Any: JSON values
-    return {"id": id, "object": "model", "created": created, "owned_by": "vouchsafe"}
+    return {"id": id, "object": "model", "created": created, "owned_by": "vouchsafe", "zero_data_retention": True}
 
 
 def _json(document: dict[str, Any]) -> bytes:  # Any: JSON values

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
-from enclave.api.errors import NOT_JSON, Refusal, Refused
+from enclave.api.errors import NO_MODEL, NOT_ALLOWED, NOT_JSON, Refusal, Refused
 from enclave.engine.base import Task
 
 __all__ = ["CHAT", "COMPLETIONS", "Admitted", "Route", "admit", "parse"]
@@ -103,12 +103,25 @@ _REFUSED: Final[Mapping[str, str]] = {
 """Why a field that callers may expect is refused. Every other unlisted field is refused without a reason."""
 
 
+_PARAMETERS: Final = frozenset(
+    {
+        "model", "frequency_penalty", "logprobs", "top_logprobs", "max_tokens", "max_completion_tokens", "n",
+        "presence_penalty", "seed", "stream", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+        "min_tokens", "ignore_eos", "skip_special_tokens", "include_stop_str_in_output", "tool_choice",
+        "parallel_tool_calls", "reasoning_effort", "echo", "dimensions", "encoding_format",
+    }
+)  # fmt: skip
+"""Without those that carry content: stop strings, schemas, biased tokens. `tool_choice` may name a function: see
+`_told`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Admitted:
     """A request that may go to the engine.
 
-    body      the bytes the engine gets
+    body      the bytes the engine gets, and the JSON they are (`document`)
     set, removed   names of fields that the gateway set and consumed
+    wants_usage   whether the caller of a stream asked for its usage; the engine is asked in any case
     """
 
     model: str
@@ -116,6 +129,14 @@ class Admitted:
     body: bytes = field(repr=False)
     set: tuple[str, ...]
     removed: tuple[str, ...]
+    wants_usage: bool
+    document: Mapping[str, Any] = field(repr=False)  # Any: JSON values
+
+    @property
+    def params_digest(self) -> bytes:
+        """SHA-256 over the parameters that shape an answer and are no content: JCS, numbers as decimal text."""
+        shown = {n: _told(v) for n, v in self.document.items() if n in _PARAMETERS and v is not None}
+        return hashlib.sha256(json.dumps(shown, sort_keys=True, separators=(",", ":")).encode("ascii")).digest()
 
 
 def parse(body: bytes) -> dict[str, Any]:  # Any: JSON values
@@ -137,14 +158,15 @@ def admit(
     document: dict[str, Any],  # Any: JSON values
     *,
     known: Callable[[str], bool],
+    allowed: Callable[[str], bool],
     salt_key: bytes,
-    key_digest: bytes,
+    key_id: str,
 ) -> Admitted:
     """Check *document* against *route* and rewrite it for the engine. Raises Refused.
 
-    known       whether a model id is served here
+    known       whether a model id is served here;  allowed   whether the caller's project may ask it
     salt_key    32 bytes made at boot: prefix-cache salts are HMACs under it, so no caller can meet another's cache
-    key_digest  SHA-256 of the caller's API key
+    key_id      of the caller's API key
     """
     model = document.get("model")
     if model is None:
@@ -154,7 +176,9 @@ def admit(
     if not isinstance(model, str):
         _wrong("model", "a string")
     if not known(model):
-        raise Refused(Refusal(404, "The model does not exist or you do not have access to it.", code="model_not_found"))
+        raise Refused(NO_MODEL)
+    if not allowed(model):
+        raise Refused(NOT_ALLOWED)
     sent = dict(document)
     removed: list[str] = [name for name in ("user", "safety_identifier", "provider", "store") if name in sent]
     _check_store(sent.pop("store", None))
@@ -171,13 +195,24 @@ def admit(
             )
     stream = _boolean(sent, "stream")
     _check_n(sent.get("n"))
-    _check_stream_options(sent, removed, stream=stream)
+    wants_usage = _check_stream_options(sent, removed, stream=stream)
     _check_text_only(sent.get("messages"))
     _check_sizes(sent)
     route.check(sent)
-    sent["cache_salt"] = _salt(salt_key, key_digest, sent.get("cache_salt"))
+    made = ["cache_salt"]
+    sent["cache_salt"] = _salt(salt_key, key_id.encode("ascii"), sent.get("cache_salt"))
+    if stream:  # the engine's own count on every event, whatever the caller asked for: what is charged is what left
+        sent["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+        made.append("stream_options")
     body = json.dumps(sent, separators=(",", ":"), allow_nan=False).encode("ascii")
-    return Admitted(model=model, stream=stream, body=body, set=("cache_salt",), removed=tuple(removed))
+    return Admitted(model, stream, body, tuple(made), tuple(removed), wants_usage, sent)
+
+
+def _told(value: object) -> object:
+    """Numbers as decimal text; of an object only that it was one: a tool's name is content."""
+    if isinstance(value, dict):
+        return "object"
+    return repr(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
 def _wrong(name: str, expected: str) -> NoReturn:
@@ -225,10 +260,11 @@ def _check_provider(provider: object) -> None:
             raise Refused(Refusal(400, "Unsupported provider preference.", code="unsupported_parameter", param=param))
 
 
-def _check_stream_options(document: dict[str, Any], removed: list[str], *, stream: bool) -> None:  # Any: JSON values
-    options = document.get("stream_options")
+def _check_stream_options(document: dict[str, Any], removed: list[str], *, stream: bool) -> bool:  # Any: JSON values
+    """Whether the caller wants to see the usage of its stream."""
+    options = document.pop("stream_options", None)
     if options is None:
-        return
+        return False
     if not isinstance(options, dict):
         _wrong("stream_options", "an object")
     if not stream:
@@ -243,7 +279,7 @@ def _check_stream_options(document: dict[str, Any], removed: list[str], *, strea
         _boolean(options, name)
     if "include_obfuscation" in options:
         removed.append("stream_options.include_obfuscation")
-        document["stream_options"] = {k: v for k, v in options.items() if k != "include_obfuscation"}
+    return bool(options.get("include_usage"))
 
 
 def _check_text_only(messages: object) -> None:

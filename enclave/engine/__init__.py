@@ -14,7 +14,7 @@ from enclave.engine.base import Engine, EngineError, EngineGone, Model
 from enclave.engine.profiles import PROFILES
 from enclave.engine.uds import ProcessEngine
 
-__all__ = ["Engine", "EngineError", "EngineGone", "Model", "load", "sweep"]
+__all__ = ["Engine", "EngineError", "EngineGone", "Model", "load", "slots", "sweep"]
 
 
 def load(model: Model, runtime: Path) -> Engine:
@@ -35,6 +35,11 @@ def load(model: Model, runtime: Path) -> Engine:
     from enclave.engine.vllm import VllmEngine
 
     return VllmEngine(model, profile, runtime)
+
+
+def slots(model: Model) -> int:
+    """How many requests the model's engine runs at a time; what comes beyond that waits in its queue."""
+    return PROFILES[model.profile].slots
 
 
 def sweep(models: Iterable[Model], folder: Path = Path("/dev/shm")) -> None:  # noqa: S108 - POSIX shared memory

@@ -1,7 +1,7 @@
 """An engine for tests that speaks the same HTTP as vLLM, deterministically, and can be told to misbehave.
 
-It answers with the last user message (or the prompt), one word per event; as an embedding model, with a vector made
-from the input's SHA-256. Delay, errors, a death in mid-stream, and a
+It answers with the last user message (or the prompt), one word per event, and counts a token per word (`max_tokens`
+holds, and `n` answers are given); as an embedding model, with a vector made from the input's SHA-256. Delay, errors, a death in mid-stream, and a
 stream that ends without `[DONE]` are switched by attributes; what reached it is kept in `calls`. Its quirks are
 vLLM's: integer error codes, an error event followed by `[DONE]`, unknown fields accepted. No configuration can load it.
 """
@@ -23,7 +23,7 @@ from enclave.engine.base import ASGIApp, Receive, Scope, Send, Task
 
 __all__ = ["Call", "EchoEngine"]
 
-Fault = Literal["", "reject", "crash", "raise", "error-event", "error-first", "no-done", "hang", "no-stream"]
+Fault = Literal["", "reject", "crash", "raise", "error-event", "error-first", "no-done", "no-usage", "hang", "no-stream"]
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class EchoEngine:
 
     delay     seconds before each event
     fault     what to do wrong: `reject` 400, `crash` 500, `raise` an exception, `error-event` after two events,
-              `error-first` before any, `no-done`, `hang` after two events, `no-stream` JSON for a stream
+              `error-first` before any, `no-done`, `no-usage` at the end, `hang` after two events, `no-stream` JSON for a stream
     repeat    how often the text is said
     """
 
@@ -129,39 +129,95 @@ class EchoEngine:
             }
             await _json(send, status, document)
             return
+        if call.path == "/tokenize":
+            await _json(send, 200, _tokens(_text(body)))
+            return
         if call.path == "/v1/embeddings":
             await asyncio.sleep(self.delay)
             await _json(send, 200, _vectors(self._model_id, body))
             return
-        text = " ".join([_text(body)] * self.repeat)
-        chat = call.path == "/v1/chat/completions"
+        said = _Said(self._model_id, body, self.repeat, chat=call.path == "/v1/chat/completions")
         if not body.get("stream") or self.fault == "no-stream":
             await asyncio.sleep(self.delay)
-            await _json(send, 200, _whole(self._model_id, text, chat=chat))
+            await _json(send, 200, said.whole())
             return
         head = [(b"content-type", b"text/event-stream; charset=utf-8")]
         await send({"type": "http.response.start", "status": 200, "headers": head})
-        async for event in self._events(text, chat=chat):
+        async for event in self._events(said):
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _events(self, text: str, *, chat: bool) -> AsyncIterator[bytes]:
-        words = text.split(" ")
+    async def _events(self, said: _Said) -> AsyncIterator[bytes]:
         error = b'data: {"error": {"message": "secret text", "type": "InternalServerError", "code": 500}}\n\n'
         if self.fault == "error-first":
             yield error
             yield b"data: [DONE]\n\n"
             return
-        for number, word in enumerate(words):
+        for number in range(said.count):
             await asyncio.sleep(self.delay)
-            yield _event(self._model_id, word if number == 0 else " " + word, chat=chat)
+            for answer in range(said.answers):
+                yield said.event(number, answer)
             if number == 1 and self.fault == "hang":
                 await asyncio.Event().wait()
             if number == 1 and self.fault == "error-event":
                 yield error
                 break
+        if said.usage and self.fault != "no-usage":
+            yield said.final()
         if self.fault != "no-done":
             yield b"data: [DONE]\n\n"
+
+
+class _Said:
+    """One answer of the echo, and vLLM's ways of telling it: until the end each answer's tokens are counted apart."""
+
+    def __init__(self, model: str, body: dict[str, Any], repeat: int, *, chat: bool) -> None:  # Any: JSON values
+        words = " ".join([_text(body)] * repeat).split(" ")
+        most = body.get("max_completion_tokens", body.get("max_tokens"))
+        self.words = words if most is None else words[:most]
+        self.length = len(self.words) < len(words)
+        self.prompt, self.count, self.answers = len(_text(body).split(" ")), len(self.words), body.get("n") or 1
+        self._model, self._chat = model, chat
+        options = body.get("stream_options") or {}
+        self.usage = options.get("include_usage") is True
+        self._continuous = self.usage and options.get("continuous_usage_stats") is True
+
+    def event(self, number: int, answer: int) -> bytes:
+        word, last = self.words[number], number == self.count - 1
+        text = word if number == 0 else " " + word
+        choice: dict[str, Any] = {"index": answer, "finish_reason": self._reason if last else None}
+        choice.update({"delta": {"role": "assistant", "content": text}} if self._chat else {"text": text})
+        return self._chunk([choice], self._usage(number + 1) if self._continuous else None)
+
+    def final(self) -> bytes:
+        return self._chunk([], self._usage(self.count * self.answers))
+
+    def whole(self) -> dict[str, Any]:  # Any: JSON values
+        text = " ".join(self.words)
+        said = {"message": {"role": "assistant", "content": text}} if self._chat else {"text": text}
+        return {
+            "id": "chatcmpl-echo",
+            "object": "chat.completion" if self._chat else "text_completion",
+            "created": 0,
+            "model": self._model,
+            "choices": [{"index": i, "finish_reason": self._reason, **said} for i in range(self.answers)],
+            "usage": self._usage(self.count * self.answers),
+        }
+
+    @property
+    def _reason(self) -> str:
+        return "length" if self.length else "stop"
+
+    def _usage(self, output: int) -> dict[str, int]:
+        return {"prompt_tokens": self.prompt, "total_tokens": self.prompt + output, "completion_tokens": output}
+
+    def _chunk(self, choices: list[Any], usage: dict[str, int] | None) -> bytes:
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        chunk: dict[str, Any] = {"id": "chatcmpl-echo", "object": kind, "created": 0, "model": self._model}
+        chunk["choices"] = choices
+        if usage is not None:
+            chunk["usage"] = usage
+        return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _text(body: dict[str, Any]) -> str:  # Any: JSON values
@@ -169,26 +225,9 @@ def _text(body: dict[str, Any]) -> str:  # Any: JSON values
     return said if isinstance(said, str) else json.dumps(said)
 
 
-def _event(model: str, text: str, *, chat: bool) -> bytes:
-    choice: dict[str, Any] = {"index": 0, "finish_reason": None}
-    choice.update({"delta": {"role": "assistant", "content": text}} if chat else {"text": text})
-    kind = "chat.completion.chunk" if chat else "text_completion"
-    chunk = {"id": "chatcmpl-echo", "object": kind, "created": 0, "model": model, "choices": [choice]}
-    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
-
-
-def _whole(model: str, text: str, *, chat: bool) -> dict[str, Any]:  # Any: JSON values
-    choice: dict[str, Any] = {"index": 0, "finish_reason": "stop"}
-    choice.update({"message": {"role": "assistant", "content": text}} if chat else {"text": text})
-    count = len(text.split(" "))
-    return {
-        "id": "chatcmpl-echo",
-        "object": "chat.completion" if chat else "text_completion",
-        "created": 0,
-        "model": model,
-        "choices": [choice],
-        "usage": {"prompt_tokens": count, "completion_tokens": count, "total_tokens": 2 * count},
-    }
+def _tokens(text: str) -> dict[str, Any]:  # Any: JSON values
+    words = text.split(" ")
+    return {"count": len(words), "max_model_len": 1 << 20, "tokens": list(range(len(words))), "token_strs": None}
 
 
 def _vectors(model: str, body: dict[str, Any]) -> dict[str, Any]:  # Any: JSON values

@@ -24,12 +24,14 @@ class Profile:
     versions     vLLM versions it was written for; others are refused at boot
     arguments    after what the model's entry says
     environment  set before vLLM is imported
+    slots        requests that the engine runs at a time
     exclusive_uid   this uid runs nothing else, so shared memory of its own is stale while no engine runs
     """
 
     name: str
     versions: tuple[str, ...]
     arguments: tuple[str, ...]
+    slots: int
     environment: Mapping[str, str]
     exclusive_uid: bool
 
@@ -100,9 +102,8 @@ PROFILES: Final[Mapping[str, Profile]] = {
             "--enforce-eager",
             "--dtype",
             "float32",
-            "--max-num-seqs",
-            "32",
         ),
+        slots=32,
         environment={
             **_SILENT,
             "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -121,9 +122,8 @@ PROFILES: Final[Mapping[str, Profile]] = {
             *_QUIET,
             "--dtype",
             "bfloat16",
-            "--max-num-seqs",
-            "256",
         ),
+        slots=256,
         environment={
             **_SILENT,
             # vLLM #57224: in confidential mode the V2 runner reads stale views of pinned memory and answers garbage
@@ -204,6 +204,8 @@ def argv(profile: Profile, model: Model) -> list[str]:
         str(model.max_model_len),
         "--gpu-memory-utilization",  # of the device; on CPU, of the machine
         f"{model.memory_percent / 100:.2f}",
+        "--max-num-seqs",
+        str(profile.slots),
         *profile.arguments,
     ]
     if model.task == "embed":

@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from attestation.client.openai import attested_client
 from attestation.client.session import read_policy
 from attestation.client.target import Target
 from attestation.policy import Policy
 from tests.demo.processes import PYTHON, Process
 from tests.demo.provision import Provisioned, provision
+from tests.demo.tenant import Tenant, set_up
 
 __all__ = ["MODEL", "NAME", "Service", "cpu_ms", "service", "where"]
 
@@ -33,6 +35,7 @@ class Service:
     made: Provisioned
     enclave: Process
     port: int
+    tenant: Tenant
 
     @property
     def target(self) -> Target:
@@ -58,8 +61,12 @@ def service() -> Iterator[Service]:
         command = [PYTHON, "-m", "tests.enclave.echo_enclave", str(made.config)]
         enclave = Process("enclave", command, env={"LD_LIBRARY_PATH": str(tee / "lib")})
         started.append(enclave)
-        line = enclave.wait_for("enclave: ready on", seconds=60, hint=HINT)
-        yield Service(folder, made, enclave, int(line.rpartition(":")[2]))
+        line = enclave.wait_for("enclave: listening on", seconds=60, hint=HINT)
+        port = int(line.partition(",")[0].rpartition(":")[2])
+        target = f"https://{NAME}:{port}"
+        with attested_client(target, policy=read_policy(made.policy), connect=("127.0.0.1", port)) as http:
+            tenant = set_up(http, target, made.secret)
+        yield Service(folder, made, enclave, port, tenant)
     finally:
         for process in reversed(started):
             process.stop()

@@ -36,7 +36,7 @@ def rows(rounds: int) -> list[Row]:
     with service() as live, _proxy(live) as (process, url):
         print(f"bench: {where('this client', 'the proxy', 'the enclave', 'the development TEE')}", flush=True)
         session = AttestedSession(live.target, live.policy, cache_dir=live.folder / "cache")
-        headers = {"Authorization": f"Bearer {live.made.api_key}"}
+        headers = {"Authorization": f"Bearer {live.tenant.api_key}"}
         checked = attested_client(live.target, policy=live.policy, session=session)
         bare = attested_client(live.target, policy=live.policy, session=session, receipts="off")
         plain = httpx2.Client(base_url=url, trust_env=False, timeout=60)

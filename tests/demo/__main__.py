@@ -124,9 +124,7 @@ def ask(stack: Stack, question: str, port: int, t: Transcript) -> tuple[str, Any
     """Stream one answer; the text, and the exchange that the client recorded and verified."""
     policy = read_policy(stack.provisioned.policy)
     with attested_client(stack.target, policy=policy, connect=("127.0.0.1", port)) as http:
-        client = OpenAI(
-            base_url=f"{stack.target}/v1", api_key=stack.provisioned.api_key, http_client=http, max_retries=0
-        )
+        client = OpenAI(base_url=f"{stack.target}/v1", api_key=stack.tenant.api_key, http_client=http, max_retries=0)
         t.say(f"user:      {question}", indent=2)
         messages: list[Any] = [{"role": "user", "content": question}]
         parts: list[str] = []
@@ -176,7 +174,7 @@ def careless(stack: Stack, question: str, port: int) -> None:
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     with httpx2.Client(verify=context, trust_env=False, timeout=60) as http:
         client = OpenAI(
-            base_url=f"https://127.0.0.1:{port}/v1", api_key=stack.provisioned.api_key, http_client=http, max_retries=0
+            base_url=f"https://127.0.0.1:{port}/v1", api_key=stack.tenant.api_key, http_client=http, max_retries=0
         )
         messages: list[Any] = [{"role": "user", "content": question}]
         stream = client.chat.completions.create(
@@ -268,7 +266,7 @@ def _model(folder: Path | None) -> Path | None:
 
 
 def _progress(t: Transcript, line: str) -> None:
-    if line.startswith(("boot ", "enclave: ready", "relay: listening", "devtee: ready")):
+    if line.startswith(("boot ", "enclave: listening", "enclave: ready", "relay: listening", "devtee: ready")):
         t.say(line, indent=2)
 
 

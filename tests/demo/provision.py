@@ -7,6 +7,7 @@ development TEE. What it writes into a directory:
     statements/                release.json deployment.json status.json, as the host lays them into the guest
     appraisal.toml             the policy under which the enclave verifies itself
     enclave.toml               the measured configuration
+    state/                     where the enclave keeps its sealed state
     policy.toml                a client's policy: pins builder and operator, asks for the exporter-bound proof
 """
 
@@ -40,14 +41,14 @@ DAY = 86400
 
 @dataclass(frozen=True, slots=True)
 class Provisioned:
-    """Paths of what was made, and the one API key (its SHA-256 is in the configuration)."""
+    """Paths of what was made, and the bootstrap secret (its SHA-256 is in the configuration)."""
 
     directory: Path
     config: Path
     policy: Path
     appraisal: Path
     statements: Path
-    api_key: str = field(repr=False)
+    secret: str = field(repr=False)
     release: bytes
     operator: Ed25519PrivateKey = field(repr=False)
     builder: Ed25519PrivateKey = field(repr=False)
@@ -98,6 +99,7 @@ def provision(
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     statements = directory / "statements"
     statements.mkdir(exist_ok=True)
+    (directory / "state").mkdir(mode=0o700, exist_ok=True)
     tee = DevTee.load(devtee)
     builder, operator = _key(directory / "builder.pem"), _key(directory / "operator.pem")
     weights = file_list_digest(model_dir)
@@ -109,16 +111,16 @@ def provision(
         text = _policy(tee, name, operator, builder, gpus)
         Policy.parse(text)  # what a reader would refuse must not be written
         path.write_text(text, encoding="utf-8")
-    api_key = "sk-vouchsafe-" + secrets.token_urlsafe(32)
+    secret = secrets.token_urlsafe(32)
     config.write_text(
         _config(
-            directory, devtee, appraisal, listen, dns_name, api_key, model_dir.resolve(), golden, model_id, weights,
+            directory, devtee, appraisal, listen, dns_name, secret, model_dir.resolve(), golden, model_id, weights,
             gpus, lifetime, max_model_len, more,
         ),
         encoding="utf-8",
     )  # fmt: skip
     made = Provisioned(
-        directory=directory, config=config, policy=policy, appraisal=appraisal, statements=statements, api_key=api_key,
+        directory=directory, config=config, policy=policy, appraisal=appraisal, statements=statements, secret=secret,
         release=Envelope.parse(release_raw).digest, operator=operator, builder=builder, salt=secrets.token_bytes(32),
         platform=tee.pki.facts.piid, dns_name=dns_name,
     )  # fmt: skip
@@ -203,7 +205,7 @@ fresh-gpu = false
 
 
 def _config(
-    directory: Path, devtee: Path, appraisal: Path, listen: str, dns_name: str, api_key: str, model_dir: Path,
+    directory: Path, devtee: Path, appraisal: Path, listen: str, dns_name: str, secret: str, model_dir: Path,
     golden: Path | None, model_id: str, weights: str, gpus: int, lifetime: int, max_model_len: int, more: Sequence[str],
 ) -> str:  # fmt: skip
     further = [
@@ -247,8 +249,15 @@ switches = 0
 lifetime-seconds = {lifetime}
 
 [access]
-api-key-sha256 = "{hashlib.sha256(api_key.encode()).hexdigest()}"
+bootstrap-sha256 = "{hashlib.sha256(secret.encode()).hexdigest()}"
 
+[state]
+url = "sqlite:state/state.db"
+
+[prices]
+currency = "USD"
+unit = "nano-usd-per-million-tokens"
+{"".join(_price(id) for id in (model_id, *more))}
 [[models]]
 id = {json.dumps(model_id)}
 path = {json.dumps(str(model_dir))}
@@ -259,6 +268,15 @@ task = "generate"
 {golden_line}memory-percent = 10
 max-model-len = {max_model_len}
 {"".join(further)}"""
+
+
+def _price(id: str) -> str:
+    return f"""
+[prices.models.{json.dumps(id)}]
+input = 150_000_000
+cached-input = 75_000_000
+output = 600_000_000
+"""
 
 
 def _key(path: Path) -> Ed25519PrivateKey:

@@ -1,6 +1,6 @@
 """Everything that `make demo` starts, as one thing that starts and stops: development TEE, enclave, relay, tap.
 
-Each is a process of its own, as in production. The demo and the end-to-end tests use the same class.
+Each is a process of its own, as in production; the operator's first steps are made through the relay. The demo and the end-to-end tests use the same class.
 """
 
 from __future__ import annotations
@@ -16,8 +16,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from attestation.client.openai import attested_client
+from attestation.client.session import read_policy
 from tests.demo.processes import PYTHON, ROOT, Failed, Process
 from tests.demo.provision import Provisioned, provision
+from tests.demo.tenant import Tenant, set_up
 
 NAME = "demo.vouchsafe.test"
 PARROT = ROOT / "tests/model/parrot"
@@ -36,6 +39,7 @@ class Stack:
     relay: Process
     relay_port: int
     model_id: str
+    tenant: Tenant
 
     @property
     def target(self) -> str:
@@ -47,7 +51,7 @@ class Stack:
             "VOUCHSAFE_TARGET": self.target,
             "VOUCHSAFE_CONNECT": f"127.0.0.1:{self.relay_port}",
             "VOUCHSAFE_POLICY": str(self.provisioned.policy),
-            "VOUCHSAFE_API_KEY": self.provisioned.api_key,
+            "VOUCHSAFE_API_KEY": self.tenant.api_key,
             "VOUCHSAFE_MODEL": self.model_id,
         }
         path = self.provisioned.directory / "client.env"
@@ -114,22 +118,27 @@ def running(
             f"unix:{socket}",
             NAME,
         )
-        key = made.directory / "api-key"
-        key.touch(mode=0o600)
-        key.write_text(made.api_key)
         enclave = start(
             "enclave", PYTHON, "-m", "enclave.cli", "serve", "--config", str(made.config),
             env={"LD_LIBRARY_PATH": str(tee / "lib")},
         )  # fmt: skip
-        enclave.wait_for(
-            "enclave: ready", seconds=ENCLAVE_SECONDS, hint="the line above names the boot stage and what to do"
-        )
+        hint = "the line above names the boot stage and what to do"
+        enclave.wait_for("enclave: listening", seconds=ENCLAVE_SECONDS, hint=hint)
         relay = start(
             "relay", PYTHON, "-m", "host.cli", "relay", "--listen", "tcp:127.0.0.1:0",
             "--route", f"{NAME}=unix:{socket}", "--drain-timeout", "2",
         )  # fmt: skip
         line = relay.wait_for("listening on", seconds=20, hint="is the loopback device up?")
-        yield Stack(folder, made, devtee, enclave, relay, int(line.rpartition(":")[2]), model_id)
+        port = int(line.rpartition(":")[2])
+        target, policy = f"https://{NAME}:{port}", read_policy(made.policy)
+        with attested_client(target, policy=policy, connect=("127.0.0.1", port)) as http:
+            tenant = set_up(http, target, made.secret)
+        enclave.wait_for("enclave: ready", seconds=20, hint=hint)
+        for name, value in (("api-key", tenant.api_key), ("admin-key", tenant.admin_key)):
+            path = made.directory / name
+            path.touch(mode=0o600)
+            path.write_text(value)
+        yield Stack(folder, made, devtee, enclave, relay, port, model_id, tenant)
     finally:
         with undisturbed():
             for process in reversed(started):

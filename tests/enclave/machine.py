@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -16,10 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx2
+
 from attestation.attester.tdx import TdxAttester
 from attestation.policy import Policy
 from enclave.settings import Settings
 from tests.demo.provision import Provisioned, provision
+from tests.demo.tenant import Tenant, set_up
 from tests.devtee.machine import Machine
 from tests.devtee.tee import DevTee
 from tests.enclave.support import NAME
@@ -106,6 +110,18 @@ class EnclaveProcess:
         while word not in self.text:
             assert time.monotonic() < deadline and self.process.poll() is None, self.text
             time.sleep(0.02)
+
+    def set_up(self, made: Provisioned, at: Path | int) -> Tenant:
+        """Wait until it listens *at* a socket or a port, bootstrap it, wait until it is ready."""
+        self.wait_for("enclave: listening on")
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        way = httpx2.HTTPTransport(uds=str(at) if isinstance(at, Path) else None, verify=context)
+        base = f"https://{NAME}" if isinstance(at, Path) else f"https://127.0.0.1:{at}"
+        with httpx2.Client(transport=way, timeout=30) as http:
+            tenant = set_up(http, base, made.secret)
+        self.wait_for("enclave: ready on")
+        return tenant
 
     def wait(self, seconds: float = 30) -> int:
         return self.process.wait(seconds)

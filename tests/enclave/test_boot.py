@@ -22,6 +22,7 @@ from attestation.verifier import verify, verify_channel
 from enclave.boot import STAGES
 from enclave.engine.processes import alive, descendants
 from tests.demo.provision import Provisioned, provision
+from tests.demo.tenant import Tenant
 from tests.devtee.running import running_machine
 from tests.enclave.machine import EnclaveProcess, model_directory
 from tests.enclave.support import NAME, Client, wait_until
@@ -54,27 +55,30 @@ def test_enclave_boots_in_numbered_stages_and_a_client_accepts_it(short: Path) -
     with running_machine(short / "tee"):
         made = make(short, short / "tee")
         with EnclaveProcess(made.config, short / "tee", "child") as enclave:
-            enclave.wait_for("enclave: ready on unix:")
+            enclave.wait_for("enclave: listening on unix:")
             lines = [line for line in enclave.console if line.startswith("boot ") and ": ok" in line]
             assert [line.split(": ok")[0] for line in lines] == [
-                f"boot {n}/11 {name}" for n, name in enumerate(STAGES, 1)
+                f"boot {n}/12 {name}" for n, name in enumerate(STAGES, 1)
             ]
             socket_path = short / "s" / "e.sock"
-            _client_accepts(socket_path, made)
+            assert ready(socket_path) == (503, {"status": "not-ready", "models": {"parrot": "ready"}, "state": "new"})
+            tenant = enclave.set_up(made, socket_path)
+            _client_accepts(socket_path, made, tenant)
             pids = descendants(enclave.process.pid)
             assert pids, "the test's child is there"
             assert enclave.stop() == 0
         assert not alive(pids), "a child was left"
         assert not socket_path.exists()
-        assert made.api_key not in enclave.text
+        for secret in (made.secret, tenant.api_key, tenant.admin_key, tenant.state_key):
+            assert secret not in enclave.text
 
         # The same machine again: RTMR3 already holds the first boot.
         with EnclaveProcess(made.config, short / "tee") as second:
             assert second.wait() == 1
-            assert "boot 7/11 rtmr3: FAILED: BOOT_RTMR3" in second.text and "hint: an enclave boots once" in second.text
+            assert "boot 7/12 rtmr3: FAILED: BOOT_RTMR3" in second.text and "hint: an enclave boots once" in second.text
 
 
-def _client_accepts(path: Path, made: Provisioned) -> None:
+def _client_accepts(path: Path, made: Provisioned, tenant: Tenant) -> None:
     """Steps (1) to (7) of the verifier over the wire, under the client's policy, and an answer with a receipt."""
     policy, now = Policy.parse(made.policy.read_text()), int(time.time())
     with Client(path) as client:
@@ -103,7 +107,7 @@ def _client_accepts(path: Path, made: Provisioned) -> None:
         assert len(client.exporter(nonce)) == EXPORTER_SIZE
         assert client.get("/health/ready") == (200, b'{"status":"ready","models":{"parrot":"ready"}}')
         question = {"model": "parrot", "messages": [{"role": "user", "content": "say it"}]}
-        headers = f"authorization: Bearer {made.api_key}\r\ncontent-type: application/json\r\n"
+        headers = f"authorization: Bearer {tenant.api_key}\r\ncontent-type: application/json\r\n"
         status, text = client.get(
             "/v1/chat/completions", method="POST", body=json.dumps(question).encode(), headers=headers
         )
@@ -161,7 +165,7 @@ def test_a_stage_that_fails_stops_the_boot_and_says_what_to_do(
     with EnclaveProcess(made.config, state, env=env) as enclave:
         assert enclave.wait() == status, enclave.text
         failed = [line for line in enclave.console if "FAILED" in line]
-        assert len(failed) == 1 and failed[0].startswith(f"boot {stage}/11 {STAGES[stage - 1]}: FAILED: {code}")
+        assert len(failed) == 1 and failed[0].startswith(f"boot {stage}/12 {STAGES[stage - 1]}: FAILED: {code}")
         assert enclave.console[-1] == "enclave: stopped"
         assert any(line.startswith("hint: ") for line in enclave.console)
         assert "Traceback" not in enclave.text
@@ -173,7 +177,7 @@ def test_developer_tools_on_the_gpu_stop_the_boot_before_its_ready_state(short: 
         made = make(short, short / "tee")
         with EnclaveProcess(made.config, short / "tee") as enclave:
             assert enclave.wait() == 1
-            assert "boot 3/11 gpu probe: FAILED" in enclave.text
+            assert "boot 3/12 gpu probe: FAILED" in enclave.text
 
 
 def test_a_gpu_on_the_bus_that_the_driver_does_not_list_stops_the_boot(short: Path) -> None:
@@ -181,7 +185,7 @@ def test_a_gpu_on_the_bus_that_the_driver_does_not_list_stops_the_boot(short: Pa
         made = make(short, short / "tee")
         with EnclaveProcess(made.config, short / "tee") as enclave:
             assert enclave.wait() == 1
-            assert "boot 3/11 gpu probe: FAILED: ATTESTER_GPU_PCI" in enclave.text
+            assert "boot 3/12 gpu probe: FAILED: ATTESTER_GPU_PCI" in enclave.text
 
 
 def test_a_false_gpu_measurement_is_refused_before_the_gpu_may_work(short: Path) -> None:
@@ -189,7 +193,7 @@ def test_a_false_gpu_measurement_is_refused_before_the_gpu_may_work(short: Path)
         made = make(short, short / "tee")
         with EnclaveProcess(made.config, short / "tee") as enclave:
             assert enclave.wait() == 1
-            assert "boot 6/11 gpu evidence: FAILED" in enclave.text
+            assert "boot 6/12 gpu evidence: FAILED" in enclave.text
 
 
 def test_own_verifier_refuses_a_configuration_the_operator_did_not_sign(short: Path) -> None:
@@ -198,7 +202,7 @@ def test_own_verifier_refuses_a_configuration_the_operator_did_not_sign(short: P
         made.write_deployment(configs=[bytes(32)])
         with EnclaveProcess(made.config, short / "tee") as enclave:
             assert enclave.wait() == 1
-            assert "boot 9/11 certificate: FAILED: DEPLOYMENT_CONFIG" in enclave.text
+            assert "boot 9/12 certificate: FAILED: DEPLOYMENT_CONFIG" in enclave.text
 
 
 def test_a_live_enclave_keeps_its_socket_and_a_dead_ones_is_replaced(short: Path, state: Path) -> None:
@@ -214,7 +218,7 @@ def test_a_live_enclave_keeps_its_socket_and_a_dead_ones_is_replaced(short: Path
     (short / "model" / "extra").write_text("x")  # so that the boot ends at stage 4
     with EnclaveProcess(made.config, state) as enclave:
         assert enclave.wait() == 1
-        assert "boot 1/11 configuration: ok" in enclave.text
+        assert "boot 1/12 configuration: ok" in enclave.text
 
 
 @pytest.mark.parametrize("wishes", [("start-delay=60", "child"), ("start-fails", "child")])
@@ -230,7 +234,7 @@ def test_a_boot_that_ends_at_the_engine_leaves_nothing_running(short: Path, wish
                     break
             if "start-fails" in wishes:
                 assert enclave.wait() == 1
-                assert "boot 10/11 engine: FAILED: ENGINE_START: model parrot: no such luck" in enclave.text
+                assert "boot 10/12 engine: FAILED: ENGINE_START: model parrot: no such luck" in enclave.text
             else:
                 assert enclave.stop() == 0
                 assert "asked to stop during the boot" in enclave.text
@@ -241,7 +245,7 @@ def test_a_dead_engine_ends_the_whole_process_fail_closed(short: Path) -> None:
     with running_machine(short / "tee"):
         made = make(short, short / "tee")
         with EnclaveProcess(made.config, short / "tee", "die-after=0.5") as enclave:
-            enclave.wait_for("enclave: ready")
+            enclave.wait_for("enclave: listening")
             assert enclave.wait() == 3
             assert "engine parrot failed" in enclave.text
         assert not (short / "s" / "e.sock").exists()
@@ -258,9 +262,9 @@ def worker(enclave: EnclaveProcess, model: str) -> int:
     raise AssertionError(f"no process serves {model}")
 
 
-def asked(path: Path, made: Provisioned, model: str) -> tuple[int, str, str]:
+def asked(path: Path, tenant: Tenant, model: str) -> tuple[int, str, str]:
     """Status, model named in the answer or code of the error, and the head."""
-    headers = f"authorization: Bearer {made.api_key}\r\ncontent-type: application/json\r\n"
+    headers = f"authorization: Bearer {tenant.api_key}\r\ncontent-type: application/json\r\n"
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": "say it"}]}).encode()
     with Client(path) as client:
         status, text = client.get("/v1/chat/completions", method="POST", body=body, headers=headers)
@@ -268,39 +272,40 @@ def asked(path: Path, made: Provisioned, model: str) -> tuple[int, str, str]:
         return status, document["model"] if status == 200 else document["error"]["code"], client.header.decode()
 
 
-def ready(path: Path) -> tuple[int, dict[str, str]]:
+def ready(path: Path) -> tuple[int, dict[str, Any]]:
     with Client(path) as client:
         status, text = client.get("/health/ready")
-        return status, json.loads(text)["models"]
+        return status, json.loads(text)
 
 
 def test_a_process_that_dies_takes_its_own_model_down_and_comes_back(short: Path) -> None:
-    up = {"parrot": "ready", "second": "ready", "third": "ready"}
+    models = {"parrot": "ready", "second": "ready", "third": "ready"}
+    up = {"status": "ready", "models": models}
     path = short / "s" / "e.sock"
     with running_machine(short / "tee"):
         made = make(short, short / "tee", more=("second", "third"))
         with EnclaveProcess(made.config, short / "tee") as enclave:
-            enclave.wait_for("enclave: ready on unix:")
+            tenant = enclave.set_up(made, path)
             assert "engine: starting second (profile cpu, process)" in enclave.text
             assert "engine: ok" in enclave.text and "3 started" in enclave.text
             assert ready(path) == (200, up)
-            for model in up:
-                assert asked(path, made, model)[:2] == (200, model)
+            for model in models:
+                assert asked(path, tenant, model)[:2] == (200, model)
 
             wishes = made.directory / "run" / "engine-1" / "wishes.json"
             wishes.write_text('{"refuse": true}')  # so that it stays away while we look
             os.kill(worker(enclave, "second"), signal.SIGKILL)
             enclave.wait_for('"event":"engine.restart","model":"second"')
-            status, code, head = asked(path, made, "second")
+            status, code, head = asked(path, tenant, "second")
             assert (status, code) == (503, "engine_unavailable")
             assert "retry-after:" in head.lower() and "x-should-retry" not in head.lower()
-            assert ready(path) == (200, {**up, "second": "unavailable"})
+            assert ready(path) == (200, {**up, "models": {**models, "second": "unavailable"}})
             for model in ("parrot", "third"):
-                assert asked(path, made, model)[:2] == (200, model)
+                assert asked(path, tenant, model)[:2] == (200, model)
 
             wishes.write_text("{}")
             wait_until(lambda: ready(path) == (200, up), 60)
-            assert asked(path, made, "second")[:2] == (200, "second")
+            assert asked(path, tenant, "second")[:2] == (200, "second")
             pids = descendants(enclave.process.pid)
             assert enclave.stop() == 0
             assert not alive(pids), "a worker was left"
@@ -311,7 +316,7 @@ def test_a_process_that_does_not_start_stops_the_boot_and_is_named(short: Path) 
         made = make(short, short / "tee", more=("second",))
         with EnclaveProcess(made.config, short / "tee", "process-fails") as enclave:
             assert enclave.wait() == 1
-            assert "boot 10/11 engine: FAILED: ENGINE_MEMORY: model second: no such luck" in enclave.text
+            assert "boot 10/12 engine: FAILED: ENGINE_MEMORY: model second: no such luck" in enclave.text
             assert "hint: free some" in enclave.text
 
 
@@ -319,7 +324,7 @@ def test_enclave_killed_outright_leaves_no_worker(short: Path) -> None:
     with running_machine(short / "tee"):
         made = make(short, short / "tee", more=("second",))
         with EnclaveProcess(made.config, short / "tee") as enclave:
-            enclave.wait_for("enclave: ready on unix:")
+            enclave.wait_for("enclave: listening on unix:")
             pids = descendants(enclave.process.pid)
             assert worker(enclave, "second") in pids
             enclave.process.kill()

@@ -68,4 +68,4 @@ def test_boot_stops_above_thirty_kib_and_says_the_sizes(tmp_path_factory: pytest
 def test_eight_gpus_of_the_usual_size_boot(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The positive control: the same machine with a little less to say."""
     with booting(tmp_path_factory.mktemp("y"), 500) as enclave:
-        enclave.wait_for("enclave: ready on unix:", 60)
+        enclave.wait_for("enclave: listening on unix:", 60)

@@ -36,7 +36,15 @@ switches = 0
 lifetime-seconds = 3600
 
 [access]
-api-key-sha256 = "{a}"
+bootstrap-sha256 = "{a}"
+
+[state]
+url = "sqlite:state.db"
+
+[prices]
+currency = "USD"
+unit = "nano-usd-per-million-tokens"
+models = { parrot = { input = 1, cached-input = 1, output = 1 } }
 
 [[models]]
 id = "parrot"
@@ -66,6 +74,8 @@ def test_good_configuration_is_read_once_and_its_digest_covers_its_bytes(base: P
     assert settings.listen == Listen("unix", path=base / "s/enclave.sock")
     assert settings.models[0].path == base / "model" and settings.models[0].golden is None
     assert settings.paths.runtime == base / "run"
+    assert settings.state.url == f"sqlite:{base / 'state.db'}"
+    assert set(settings.prices.models) == {"parrot"}
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,9 @@ def test_good_configuration_is_read_once_and_its_digest_covers_its_bytes(base: P
         ('task = "generate"', 'task = "rerank"', "models[0].task: is not known"),
         ("memory-percent = 10\n", "", "models[0].memory-percent: is missing"),
         ("memory-percent = 10", "memory-percent = 96", "models[0].memory-percent: is out of bounds"),
-        ('api-key-sha256 = "a', 'api-key-sha256 = "x', "access.api-key-sha256: is not well formed"),
+        ('bootstrap-sha256 = "a', 'bootstrap-sha256 = "x', "access.bootstrap-sha256: is not well formed"),
+        ("sqlite:state.db", "sqlite:nowhere/state.db", "state.url: there is no directory"),
+        ("{ parrot =", "{ other =", "prices.models: are not the models served"),
         ("[access]", "[[access]]", "access: has the wrong type"),
     ],
 )
@@ -132,7 +144,12 @@ def another(base: Path, **changed: str) -> bytes:
     for old, new in changed.items():
         assert old.replace("_", "-") in model
         model = model.replace(old.replace("_", "-"), new)
-    return (GOOD + model).encode()
+    return (priced() + model).encode()
+
+
+def priced() -> str:
+    """With a price for the second model."""
+    return GOOD.replace("{ parrot =", "{ second = { input = 1, cached-input = 1, output = 1 }, parrot =")
 
 
 def test_one_model_is_mounted_and_others_are_processes(base: Path) -> None:
@@ -156,6 +173,22 @@ def test_bytes_that_are_no_configuration_are_refused(base: Path, raw: bytes) -> 
     with pytest.raises(InputError) as refused:
         Settings.parse(raw, base=base)
     assert refused.value.code in ("INPUT_CONFIG_TOML", "INPUT_CONFIG_SIZE")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "code"),
+    [
+        ("sqlite:state.db", "mysql://host/db", "INPUT_STATE_URL"),
+        ("sqlite:state.db", "postgresql://u@host/db", "INPUT_STATE_URL"),
+        ("input = 1,", "input = -1,", "INPUT_PRICES"),
+        ("input = 1,", "input = 0.5,", "INPUT_PRICES"),
+        ('"USD"', '"EUR"', "INPUT_PRICES"),
+    ],
+)
+def test_state_and_prices_are_refused_in_their_own_words(base: Path, old: str, new: str, code: str) -> None:
+    with pytest.raises(InputError) as refused:
+        Settings.parse(GOOD.replace(old, new, 1).encode(), base=base)
+    assert refused.value.code == code
 
 
 def test_missing_file_is_one_line(base: Path) -> None:

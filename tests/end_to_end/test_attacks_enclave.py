@@ -30,9 +30,7 @@ from attestation.client.session import AttestedSession
 from attestation.client.target import Target
 from attestation.policy import Policy
 from attestation.tdx import rtmr3_items
-from enclave.access import KeyCheck
 from enclave.api import attestation as routes_module
-from enclave.api.app import Gateway
 from enclave.api.attestation import Attestation
 from enclave.boot import _seal
 from enclave.channel import BURST, PAUSE, Allowance, ChannelProver
@@ -40,7 +38,7 @@ from enclave.clock import Clock
 from enclave.issuer import Issuer
 from enclave.keys import KeyRing
 from enclave.producer import Producer
-from enclave.receipts import ReceiptStore
+from tests.enclave.api.serving import gateway_of, locked_custody
 from tests.enclave.machine import Surroundings, surroundings
 from tests.enclave.support import NAME, Client, Served, serving, wait_until
 
@@ -114,10 +112,8 @@ def enclave(machine: Surroundings, tmp_path_factory: pytest.TempPathFactory) -> 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine.tdx, "quote", slow)
         prover = ChannelProver(Producer(machine.tdx, None), queue=QUEUE)
-        gateway = Gateway(
-            engines={}, access=KeyCheck("0" * 64), receipts=ReceiptStore(), ready=lambda: True,
-            public=Attestation(issuer.bundle, Producer(machine.tdx, None), prover).routes,
-        )  # fmt: skip
+        routes = Attestation(issuer.bundle, Producer(machine.tdx, None), prover).routes
+        gateway = gateway_of(locked_custody(), public=routes)
         folder = tmp_path_factory.mktemp("s")
         with serving(gateway, folder, lambda: issuer.current) as served:
             try:

@@ -100,7 +100,7 @@ def test_that_relay_reads_the_prompt_of_a_client_that_verifies_nothing(live_stac
 
 
 def test_anthropic_client_where_the_service_has_its_route(shell: Shell, proxy_url: str, live_stack: Stack) -> None:
-    key = live_stack.provisioned.api_key
+    key = live_stack.tenant.api_key
     probe = httpx2.post(
         f"{proxy_url}/v1/messages", json={}, headers={"Authorization": f"Bearer {key}"}, trust_env=False
     )

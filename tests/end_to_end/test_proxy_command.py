@@ -69,7 +69,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_unmodified_sdk_works_by_its_base_url(live: Service, running: str) -> None:
-    with OpenAI(base_url=f"{running}/v1", api_key=live.made.api_key, max_retries=0) as client:
+    with OpenAI(base_url=f"{running}/v1", api_key=live.tenant.api_key, max_retries=0) as client:
         assert [m.id for m in client.models.list()] == [MODEL]
         whole = client.chat.completions.create(model=MODEL, messages=MESSAGES)  # type: ignore[arg-type]
         assert whole.choices[0].message.content == WORDS
@@ -79,7 +79,7 @@ def test_unmodified_sdk_works_by_its_base_url(live: Service, running: str) -> No
 
 
 async def test_many_streams_at_once(live: Service, running: str) -> None:
-    async with AsyncOpenAI(base_url=f"{running}/v1", api_key=live.made.api_key, max_retries=0) as client:
+    async with AsyncOpenAI(base_url=f"{running}/v1", api_key=live.tenant.api_key, max_retries=0) as client:
 
         async def ask(number: int) -> str:
             said = f"{WORDS}, number {number}"
@@ -98,7 +98,7 @@ def test_errors_of_the_service_pass_unchanged(live: Service, running: str) -> No
         with pytest.raises(APIStatusError) as caught:
             client.models.list()
         assert caught.value.status_code == 401
-    with OpenAI(base_url=f"{running}/v1", api_key=live.made.api_key, max_retries=0) as client:
+    with OpenAI(base_url=f"{running}/v1", api_key=live.tenant.api_key, max_retries=0) as client:
         with pytest.raises(APIStatusError) as caught:
             client.chat.completions.create(model="no-such-model", messages=MESSAGES)  # type: ignore[arg-type]
         assert caught.value.status_code == 404
@@ -127,7 +127,7 @@ def test_unix_socket_is_for_this_user_alone_and_goes_with_the_proxy(live: Servic
         assert where == f"unix:{path}"
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
         assert run("status", "--proxy", where).returncode == 0
-        asked = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.made.api_key}\r\n\r\n"
+        asked = f"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {live.tenant.api_key}\r\n\r\n"
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             client.sendall(asked.encode())
@@ -158,7 +158,7 @@ def test_address_beyond_loopback_with_flag_and_token(live: Service, tmp_path: Pa
     # 127.0.0.0/8 is loopback to the kernel; 0.0.0.0 is the address that the rule is about.
     with proxy(live, "--listen", "0.0.0.0:0", "--expose", "--token-file", str(tmp_path / "token")) as (url, _):
         near = url.replace("0.0.0.0", "127.0.0.1")
-        with OpenAI(base_url=f"{near}/v1", api_key=live.made.api_key, max_retries=0) as client:
+        with OpenAI(base_url=f"{near}/v1", api_key=live.tenant.api_key, max_retries=0) as client:
             with pytest.raises(APIStatusError) as caught:
                 client.models.list()
             assert caught.value.status_code == 401
@@ -211,7 +211,7 @@ def test_proxy_prints_nothing_of_a_request(live: Service) -> None:
     assert process.stdout is not None
     try:
         url = process.stdout.readline().split()[1]
-        with OpenAI(base_url=f"{url}/v1", api_key=live.made.api_key, max_retries=0) as client:
+        with OpenAI(base_url=f"{url}/v1", api_key=live.tenant.api_key, max_retries=0) as client:
             stream = client.chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)  # type: ignore[call-overload]
             next(iter(stream))
             stream.close()  # in the middle
@@ -220,7 +220,7 @@ def test_proxy_prints_nothing_of_a_request(live: Service) -> None:
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=20)
         assert process.returncode == 0
-        assert WORDS not in rest and live.made.api_key not in rest and "Traceback" not in rest
+        assert WORDS not in rest and live.tenant.api_key not in rest and "Traceback" not in rest
     finally:
         process.kill()
         process.wait(10)

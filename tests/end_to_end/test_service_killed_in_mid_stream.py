@@ -38,7 +38,7 @@ def stack(live_stack: Stack) -> Stack:
 def client(stack: Stack, port: int | None = None) -> tuple[AttestedClient, openai.OpenAI]:
     policy = read_policy(stack.provisioned.policy)
     http = attested_client(stack.target, policy=policy, connect=("127.0.0.1", port or stack.relay_port))
-    key = stack.provisioned.api_key
+    key = stack.tenant.api_key
     return http, openai.OpenAI(base_url=f"{stack.target}/v1", api_key=key, http_client=http, max_retries=0)
 
 

@@ -93,7 +93,7 @@ def record(folder: Path, gpus: int) -> Recorded:
             folder / "made", state, model_directory(folder / "model"), None, "parrot", f"unix:{path}", NAME, gpus=gpus
         )
         with EnclaveProcess(made.config, state) as enclave:
-            enclave.wait_for("enclave: ready on unix:")
+            tenant = enclave.set_up(made, path)
             handshake = openssl(
                 "s_client", "-unix", str(path), "-servername", NAME, "-tls1_3", "-showcerts", stdin=b"",
             ).decode()  # fmt: skip
@@ -102,7 +102,7 @@ def record(folder: Path, gpus: int) -> Recorded:
             try:
                 bundle = _get(wire, "/.well-known/vouchsafe/evidence")
                 reports = {n: _get(wire, "/v1/aci/attestation" + (f"?nonce={n}" if n else "")) for n in (None, NONCE)}
-                exchanges = {name: _exchange(wire, made.api_key, name) for name in _REQUESTS}
+                exchanges = {name: _exchange(wire, tenant.api_key, name) for name in _REQUESTS}
             finally:
                 wire.close()
     (folder / "leaf.der").write_bytes(leaf)

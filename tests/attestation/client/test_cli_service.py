@@ -27,6 +27,7 @@ from attestation.client.session import read_policy
 from attestation.ratls import Leaf
 from tests.attestation.client.ratls_server import Server, plain_certificate
 from tests.demo.provision import Provisioned, provision
+from tests.demo.tenant import Tenant
 from tests.devtee.running import running_machine
 from tests.enclave.machine import EnclaveProcess, model_directory
 from tests.enclave.support import NAME
@@ -39,6 +40,7 @@ class Live:
     made: Provisioned
     port: int
     folder: Path
+    tenant: Tenant
 
     @property
     def url(self) -> str:
@@ -51,7 +53,7 @@ class Live:
     @property
     def key(self) -> list[str]:
         path = self.folder / "key"
-        path.write_text(self.made.api_key + "\n")
+        path.write_text(self.tenant.api_key + "\n")
         return ["--api-key-file", str(path)]
 
 
@@ -66,8 +68,7 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
             f"tcp:127.0.0.1:{port}", NAME,
         )  # fmt: skip
         with EnclaveProcess(made.config, folder / "tee") as enclave:
-            enclave.wait_for("enclave: ready on")
-            yield Live(made, port, folder)
+            yield Live(made, port, folder, enclave.set_up(made, port))
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -147,7 +148,7 @@ def test_models_are_listed(live: Live, capsys: pytest.CaptureFixture[str]) -> No
 def test_error_of_the_service_is_told_in_its_own_words(
     live: Live, tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str | None, model: str, told: str
 ) -> None:
-    (tmp_path / "key").write_text(key or live.made.api_key)
+    (tmp_path / "key").write_text(key or live.tenant.api_key)
     ask = ["chat", "--target", live.url, *live.seen, "--api-key-file", str(tmp_path / "key"), "--model", model, "Hi"]
     assert main(ask) == 1
     error = capsys.readouterr().err
@@ -224,7 +225,7 @@ def test_relay_that_swaps_the_certificate_is_refused_by_every_command(
 def test_openai_sdk_talks_to_the_real_enclave(live: Live) -> None:
     policy = read_policy(live.made.policy)
     with attested_client(live.url, policy=policy, connect=("127.0.0.1", live.port)) as http:
-        client = openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.made.api_key, http_client=http, max_retries=0)
+        client = openai.OpenAI(base_url=f"{live.url}/v1", api_key=live.tenant.api_key, http_client=http, max_retries=0)
         for _ in range(3):
             chunks = client.chat.completions.create(
                 model="parrot", messages=[{"role": "user", "content": "Hello?"}], stream=True

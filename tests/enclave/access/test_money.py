@@ -258,14 +258,14 @@ async def test_ledger_receipts_usage_and_costs_agree_to_the_nano_dollar() -> Non
 
 def _settle_again(patch: pytest.MonkeyPatch) -> None:
     """Exactly once, taken out."""
-    honest = Ledger._settle
+    honest = Reservation.finish
 
-    async def settle(self: Ledger, r: Reservation, *how: Any) -> Entry:
-        if r.entry is not None:
-            r.entry, self._open[r.held.request_id] = None, r
-        return await honest(self, r, *how)
+    def finish(self: Reservation, *how: Any) -> Entry:
+        if self.entry is not None:
+            self.entry, self._ledger._open[self.held.request_id] = None, self
+        return honest(self, *how)
 
-    patch.setattr(Ledger, "_settle", settle)
+    patch.setattr(Reservation, "finish", finish)
 
 
 def _no_check(patch: pytest.MonkeyPatch) -> None:
@@ -311,13 +311,10 @@ class _Sticky(dict[str, Any]):
 def _return_early(patch: pytest.MonkeyPatch) -> None:
     """Settle does not wait until the entry is durable."""
 
-    async def settle(self: Ledger, r: Reservation, *how: Any) -> Entry:
-        if r.entry is None:
-            self._finish(r, *how)
-        assert r.entry is not None
-        return r.entry
+    async def settle(self: Reservation, *how: Any) -> Entry:
+        return self.finish(*how)
 
-    patch.setattr(Ledger, "_settle", settle)
+    patch.setattr(Reservation, "settle", settle)
 
 
 def _charge_the_failed(patch: pytest.MonkeyPatch) -> None:
@@ -335,7 +332,7 @@ def _charge_nothing(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("sabotage", "seen"),
     [
-        (_settle_again, "settled twice"),
+        (_settle_again, "two answers for one request|settled twice"),
         (_no_check, "let in, though"),
         (_forget_reserved, "not what is reserved"),
         (_forget_unfinished, "was forgotten"),

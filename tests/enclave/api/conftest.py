@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 
 from enclave.engine.echo import EchoEngine
 from tests.enclave.api.client import Caller
-from tests.enclave.api.serving import gateway
+from tests.enclave.api.serving import OPENED, gateway
+
+
+@pytest.fixture(autouse=True)
+async def closed() -> AsyncIterator[None]:
+    """Whatever the test has opened is closed in its own loop."""
+    yield
+    while OPENED:
+        await OPENED.pop().close()
 
 
 @pytest.fixture
@@ -17,5 +27,5 @@ async def engine() -> EchoEngine:
 
 
 @pytest.fixture
-def caller(engine: EchoEngine) -> Caller:
-    return Caller(gateway(engine))
+async def caller(engine: EchoEngine) -> Caller:
+    return Caller(await gateway(engine))

@@ -22,8 +22,8 @@ COMPLETIONS = "/v1/completions"
 # --- routes -----------------------------------------------------------------------------------------------------------
 
 
-def test_route_table_is_exactly_this(engine: EchoEngine) -> None:
-    assert gateway(engine).routes == {
+async def test_route_table_is_exactly_this(engine: EchoEngine) -> None:
+    assert (await gateway(engine)).routes == {
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{id}"),
         ("POST", "/v1/chat/completions"),
@@ -69,7 +69,7 @@ async def test_route_outside_the_table_is_404_and_never_reaches_the_engine(
 
 
 async def test_percent_encoded_spelling_of_a_route_is_not_the_route(engine: EchoEngine) -> None:
-    app = gateway(engine)
+    app = await gateway(engine)
 
     async def encoded(scope: Scope, receive: Receive, send: Send) -> None:
         scope["raw_path"] = b"/v1/%63hat/completions"
@@ -87,7 +87,7 @@ async def test_websocket_is_refused(engine: EchoEngine) -> None:
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
-    await gateway(engine)({"type": "websocket", "path": CHAT}, receive, send)
+    await (await gateway(engine))({"type": "websocket", "path": CHAT}, receive, send)
     assert sent == ["websocket.close"]
 
 
@@ -102,16 +102,16 @@ async def test_public_route_needs_no_key_and_carries_our_headers(engine: EchoEng
         )
         await send({"type": "http.response.body", "body": b"ok"})
 
-    reply = await Caller(gateway(engine, public={("GET", "/health/live"): live}), key=None).get("/health/live")
+    reply = await Caller(await gateway(engine, public={("GET", "/health/live"): live}), key=None).get("/health/live")
     assert (reply.status, reply.body, reply.headers["x-own"]) == (200, b"ok", "1")
     assert reply.headers["cache-control"] == "max-age=1"
     assert reply.headers["x-aci-version"] == "aci/1"
 
 
-def test_public_route_can_not_stand_over_ours(engine: EchoEngine) -> None:
+async def test_public_route_can_not_stand_over_ours(engine: EchoEngine) -> None:
     for key in (("POST", CHAT), ("GET", "/v1/models/x")):
         with pytest.raises(ValueError, match="twice"):
-            gateway(engine, public={key: engine.app})
+            await gateway(engine, public={key: engine.app})
 
 
 async def test_models_are_listed_and_retrieved(caller: Caller) -> None:
@@ -304,7 +304,7 @@ async def test_cache_salt_is_ours_and_differs_by_caller_and_boot(engine: EchoEng
     plain = await salt(caller)
     assert plain == await salt(caller)
     chosen = await salt(caller, cache_salt=plain)
-    other_boot = await salt(Caller(gateway(engine)))
+    other_boot = await salt(Caller(await gateway(engine)))
     assert len({plain, chosen, other_boot}) == 3
     assert all(len(s) == 43 and s.replace("-", "").replace("_", "").isalnum() for s in (plain, chosen, other_boot))
 
@@ -327,6 +327,8 @@ async def test_whole_answer_is_the_engines_and_its_receipt_verifies(caller: Call
         "x.request.rewritten",
         "request.forwarded",
         "response.returned",
+        "x.usage.metered",
+        "x.execution",
     ]
     assert (await caller.get("/v1/aci/receipts/chatcmpl-echo")).body == raw
 
@@ -381,7 +383,7 @@ async def test_completions_are_served_both_ways(caller: Caller) -> None:
 
 
 async def test_receipt_names_the_keyset_of_the_connection_of_its_request(engine: EchoEngine) -> None:
-    app = gateway(engine)
+    app = await gateway(engine)
     first, second = Caller(app, connection=Connection(Identity(1))), Caller(app, connection=Connection(Identity(2)))
     replies = [await first.chat(), await second.chat()]
     for reply, identity in zip(replies, (first.connection.identity, second.connection.identity), strict=True):

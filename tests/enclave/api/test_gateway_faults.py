@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 from typing import Any
 
 import pytest
 
 from attestation.receipt import Receipt
-from enclave.access import KeyCheck
-from enclave.api import inference
-from enclave.api.app import Gateway
+from enclave.api import call, inference
 from enclave.engine.base import Receive, Scope, Send
 from enclave.engine.echo import EchoEngine, Fault
 from enclave.receipts import ReceiptStore
-from tests.enclave.api.client import API_KEY, CHAT, Caller, chat_body
+from tests.enclave.api.client import CHAT, Caller, chat_body
 from tests.enclave.api.serving import events, gateway
 
 COMPLETIONS = "/v1/completions"
@@ -90,7 +87,7 @@ async def test_engine_that_dies_in_mid_stream_is_an_error_and_a_cut(caller: Call
 async def test_engine_that_falls_silent_is_given_up(
     caller: Caller, engine: EchoEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inference, "IDLE_SECONDS", 0.05)
+    monkeypatch.setattr(call, "IDLE_SECONDS", 0.05)
     engine.fault = "hang"
     reply = await asyncio.wait_for(caller.chat("one two three", stream=True), 2)
     assert not reply.complete
@@ -152,7 +149,7 @@ async def test_caller_that_does_not_read_is_hung_up_on(
 
 
 async def test_not_ready_is_503(engine: EchoEngine) -> None:
-    reply = await Caller(gateway(engine, ready=False)).chat()
+    reply = await Caller(await gateway(engine, ready=False)).chat()
     assert (reply.status, reply.error["code"]) == (503, "engine_unavailable")
 
 
@@ -173,13 +170,7 @@ async def test_fault_of_ours_tells_nothing(engine: EchoEngine) -> None:
         def add(self, *args: Any, **kw: Any) -> None:
             raise RuntimeError("CANARY")
 
-    app = Gateway(
-        engines={"parrot": engine},
-        access=KeyCheck(hashlib.sha256(API_KEY.encode()).hexdigest()),
-        receipts=Broken(),
-        public={},
-        ready=lambda: True,
-    )
+    app = await gateway(engine, receipts=Broken())
     reply = await Caller(app).chat()
     assert (reply.status, reply.error["code"]) == (500, "server_error")
     assert b"CANARY" not in reply.body

@@ -35,8 +35,8 @@ async def engines() -> tuple[EchoEngine, EchoEngine, EchoEngine]:
 
 
 @pytest.fixture
-def caller(engines: tuple[EchoEngine, ...]) -> Caller:
-    return Caller(gateway(*engines))
+async def caller(engines: tuple[EchoEngine, ...]) -> Caller:
+    return Caller(await gateway(*engines))
 
 
 def body(text: Any = "one two", **fields: Any) -> dict[str, Any]:
@@ -95,7 +95,7 @@ async def test_model_of_another_kind_is_refused_and_the_right_ones_are_named(
 
 
 async def test_no_model_of_that_kind_is_said_plainly(engines: tuple[EchoEngine, ...]) -> None:
-    reply = await Caller(gateway(engines[0])).post(EMBEDDINGS, {"model": "parrot", "input": "x"})
+    reply = await Caller(await gateway(engines[0])).post(EMBEDDINGS, {"model": "parrot", "input": "x"})
     assert reply.error["message"].endswith("No model here does.")
 
 
@@ -187,7 +187,7 @@ async def test_engines_own_refusal_is_passed_in_openais_shape(caller: Caller, en
 
 async def test_hang_up_reaches_the_embedding_engine(engines: tuple[EchoEngine, ...]) -> None:
     engines[2].delay = 30
-    app = gateway(*engines)
+    app = await gateway(*engines)
 
     async def leaving(scope: Any, receive: Any, send: Any) -> None:
         asked = 0

@@ -29,8 +29,8 @@ GOLDEN: list[dict[str, Any]] = [
 
 
 @pytest.fixture
-def caller(worker: Worker) -> Caller:
-    return Caller(gateway(worker.engine))
+async def caller(worker: Worker) -> Caller:
+    return Caller(await gateway(worker.engine))
 
 
 def last_error(reply: Reply) -> Any:
@@ -51,7 +51,7 @@ async def test_answers_are_those_of_the_same_engine_mounted(stream: bool, caller
     request = json.dumps(chat_body("one two three", stream=stream)).encode()
     for _ in range(3):  # the second and third on a connection that has been used
         reply = await caller.request("POST", CHAT, request)
-        same = await Caller(gateway(mounted)).request("POST", CHAT, request)
+        same = await Caller(await gateway(mounted)).request("POST", CHAT, request)
         assert (reply.status, reply.complete) == (200, True)
         assert [e for e in events(reply) if e[:1] != b":"] == [e for e in events(same) if e[:1] != b":"]
         if not stream:
@@ -206,7 +206,7 @@ async def test_hang_up_reaches_the_process_at_once(caller: Caller, worker: Worke
 
 async def test_hang_up_while_a_whole_answer_is_made_reaches_the_process(worker: Worker) -> None:
     worker.wish(delay=600)
-    app = gateway(worker.engine)
+    app = await gateway(worker.engine)
 
     async def leaving(scope: Any, receive: Any, send: Any) -> None:
         asked = 0
@@ -266,7 +266,7 @@ async def test_death_in_mid_stream_is_an_honest_error_and_others_go_on(
 ) -> None:
     worker.wish(fault="hang")
     second.wish(repeat=300, delay=0.002)
-    caller = Caller(gateway(worker.engine, second.engine))
+    caller = Caller(await gateway(worker.engine, second.engine))
     cut = asyncio.create_task(caller.chat("one two three", stream=True))
     other = asyncio.create_task(caller.chat("word", model="second", stream=True))
     await until(lambda: worker.sent > 200 and second.sent > 0)
