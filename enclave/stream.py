@@ -31,7 +31,7 @@ class Teller(Protocol):
     """How a stream is told. Bytes are whole events, none or several."""
 
     def event(self, event: bytes) -> bytes:
-        """What to emit for an event of the engine. Raises ValueError, KeyError, TypeError for one that makes no sense."""
+        """What to emit for an event of the engine. Raises ValueError, KeyError or TypeError for what is none."""
 
     def end(self) -> tuple[bytes, bytes]:
         """What is left to say, and the one last event."""

@@ -2,9 +2,9 @@
 
 One table, `(method, exact path) → handler`. Attestation and health routes are given to it ready-made and need no key;
 models, inference and receipts are its own and do. What stands under `/v1/organization/` has a table of its own and a
-kind of key of its own (`enclave.api.admin`), `/v1/state` what comes before any key (`enclave.api.state`). No other pattern matching, no sub-application, no websocket. Runs in the
-enclave behind the TLS server, which puts the connection into `scope["vouchsafe"]`; it trusts nothing that a client
-sends and tells the log only what `Exchange.log` names.
+kind of key of its own (`enclave.api.admin`), `/v1/state` what comes before any key (`enclave.api.state`). No other
+pattern matching, no sub-application, no websocket. Runs in the enclave behind the TLS server, which puts the connection
+into `scope["vouchsafe"]`; it trusts nothing that a client sends and tells the log only what `Exchange.log` names.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Health routes: `live` while the process answers, `ready` only after every boot stage and while it may serve.
 
 Runs in the enclave, public, without content: a word, a word for each model (the ids stand in the certificate's claims
-anyway), one while the operator has not opened the state, and one more while the certificate's renewal fails. Until the certificate ends that is no reason to send
-nobody, and every reason to look. A model that is down does not make the service unready: its own requests are answered
-503 with a time to come back, and those of the others are answered.
+anyway), one while the operator has not opened the state, and one more while the certificate's renewal fails. Until the
+certificate ends that is no reason to send nobody, and every reason to look. A model that is down does not make the
+service unready: its own requests are answered 503 with a time to come back, and those of the others are answered.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _TAIL: Final = re.compile(
     rb',"usage":\{"prompt_tokens":(\d{1,10}),"total_tokens":\d{1,10},"completion_tokens":(\d{1,10})'
     rb'(?:,"completion_tokens_details":null)?\}\}\n\n'
 )
-"""How vLLM ends an event: anchored there, so nothing that a model says can look like it (quotes in text are escaped)."""
+"""How vLLM ends an event: anchored there, and what a model says cannot look like it: its quotes are escaped."""
 _NO_CHOICES: Final = b'"choices":[]'
 
 

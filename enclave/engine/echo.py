@@ -1,9 +1,10 @@
 """An engine for tests that speaks the same HTTP as vLLM, deterministically, and can be told to misbehave.
 
 It answers with the last user message (or the prompt), one word per event, and counts a token per word (`max_tokens`
-holds, and `n` answers are given); as an embedding model, with a vector made from the input's SHA-256. Delay, errors, a death in mid-stream, and a
-stream that ends without `[DONE]` are switched by attributes; what reached it is kept in `calls`. Its quirks are
-vLLM's: integer error codes, an error event followed by `[DONE]`, unknown fields accepted. No configuration can load it.
+holds, and `n` answers are given); as an embedding model, with a vector made from the input's SHA-256. Delay, errors, a
+death in mid-stream, and a stream that ends without `[DONE]` are switched by attributes; what reached it is kept in
+`calls`. Its quirks are vLLM's: integer error codes, an error event followed by `[DONE]`, unknown fields accepted. No
+configuration can load it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from enclave.engine.base import ASGIApp, Receive, Scope, Send, Task
 
 __all__ = ["Call", "EchoEngine"]
 
-Fault = Literal["", "reject", "crash", "raise", "error-event", "error-first", "no-done", "no-usage", "hang", "no-stream"]
+Fault = Literal[
+    "", "reject", "crash", "raise", "error-event", "error-first", "no-done", "no-usage", "hang", "no-stream"
+]  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -42,7 +45,8 @@ class EchoEngine:
 
     delay     seconds before each event
     fault     what to do wrong: `reject` 400, `crash` 500, `raise` an exception, `error-event` after two events,
-              `error-first` before any, `no-done`, `no-usage` at the end, `hang` after two events, `no-stream` JSON for a stream
+              `error-first` before any, `no-done`, `no-usage` at the end, `hang` after two events, `no-stream` JSON
+              for a stream
     repeat    how often the text is said
     """
 

@@ -1,6 +1,7 @@
 """Everything that `make demo` starts, as one thing that starts and stops: development TEE, enclave, relay, tap.
 
-Each is a process of its own, as in production; the operator's first steps are made through the relay. The demo and the end-to-end tests use the same class.
+Each is a process of its own, as in production; the operator's first steps are made through the relay. The demo and the
+end-to-end tests use the same class.
 """
 
 from __future__ import annotations
