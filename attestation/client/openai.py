@@ -18,7 +18,15 @@ from typing import Any, Final, Literal
 import httpx2
 
 from attestation.client.handshake import NotAttested
-from attestation.client.receipts import MAX_REST, RECEIPT_ID, Exchange, ReceiptRecorder, ReceiptRefused
+from attestation.client.receipts import (
+    CREDENTIALS,
+    MAX_REST,
+    RECEIPT_ID,
+    Exchange,
+    ReceiptRecorder,
+    ReceiptRefused,
+    receipt_due,
+)
 from attestation.client.session import AttestedSession
 from attestation.client.target import Target
 from attestation.errors import InputError, RefusedError, VouchsafeError
@@ -151,7 +159,7 @@ class _Road:
                 RefusedError("RECEIPT_MISSING", "the answer names no receipt", expected="header X-Receipt-Id")
             )
         url = f"{self.session.target.origin}/v1/aci/receipts/{exchange.receipt_id}"
-        keep = ("authorization", "user-agent")
+        keep = (*CREDENTIALS, "user-agent")
         headers = {k: v for k, v in request.headers.items() if k.lower() in keep}
         extensions = {"timeout": request.extensions["timeout"]} if "timeout" in request.extensions else {}
         return self.route(
@@ -161,7 +169,7 @@ class _Road:
 
 
 def _is_inference(request: httpx2.Request) -> bool:
-    return request.method == "POST" and request.url.path.startswith("/v1/")
+    return receipt_due(request.method, request.url.path)
 
 
 def _is_stream(response: httpx2.Response) -> bool:
@@ -189,15 +197,15 @@ def _receipt_body(response: httpx2.Response, parts: list[bytes]) -> bytes | None
 
 
 class _Done:
-    """Sees `[DONE]` in a stream that is not recorded."""
+    """Sees a stream's end where it is not recorded: see `stream_ends`."""
 
     def __init__(self) -> None:
         self._tail, self.done = b"\n", False
 
     def take(self, chunk: bytes) -> None:
         text = self._tail + chunk
-        self.done = self.done or b"\ndata: [DONE]" in text
-        self._tail = text[-16:]
+        self.done = self.done or b"\ndata: [DONE]" in text or b"\n: vouchsafe receipt=" in text
+        self._tail = text[-24:]
 
 
 class AttestedTransport(httpx2.BaseTransport):

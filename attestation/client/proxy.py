@@ -5,7 +5,7 @@ plain HTTP and rests on this machine alone, so a browser's page must not be able
 host than the loopback's, or comes from a page of elsewhere, is refused.
 
 Receipts are checked as answers pass. An answer that is not streamed waits until its receipt has been checked; of a
-stream, `[DONE]` waits, and a receipt that is missing or says something else becomes an error event in its place, which
+stream, its end waits, and a receipt that is missing or says something else becomes an error event in its place, which
 OpenAI's clients raise. What the service says beyond that is passed on unchanged: status, headers, bytes.
 """
 
@@ -22,7 +22,15 @@ from typing import Any, Final
 
 from attestation.client.handshake import NotAttested
 from attestation.client.proxy_state import ProxyState, page
-from attestation.client.receipts import MAX_RECORDED, RECEIPT_ID, Exchange, ReceiptRefused
+from attestation.client.receipts import (
+    CREDENTIALS,
+    MAX_RECORDED,
+    RECEIPT_ID,
+    Exchange,
+    ReceiptRefused,
+    receipt_due,
+    stream_ends,
+)
 from attestation.client.upstream import Answer, Connection, Upstream
 from attestation.errors import FormatError, RefusedError, TransportError, VouchsafeError
 from attestation.sse import SseCutter
@@ -54,7 +62,6 @@ _OURS: Final = frozenset(
 )  # fmt: skip
 """Request headers that end here: they belong to this hop, or would tell the service about this machine."""
 _HOP: Final = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"upgrade", b"trailer"})
-_DONE: Final = b"data: [DONE]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +160,7 @@ class Proxy:
             raise _Stop(405, "method_not_allowed", f"This proxy passes GET, POST and DELETE on, not {method[:16]}.")
         body = await _body(receive)
         self._state.requests += 1
-        wants = self._receipts and method == "POST"
+        wants = self._receipts and receipt_due(method, path.partition(b"?")[0].decode("ascii"))
         asked = dict(scope["headers"]).get(_ASK) == b"inline"
         connection = await self._upstream.borrow()
         watch = asyncio.ensure_future(_disconnected(receive))
@@ -208,7 +215,7 @@ class Proxy:
         """GET the receipt of an answer that was not streamed, with the same credential, over the same connection."""
         if not RECEIPT_ID.fullmatch(receipt_id):
             raise self._missing("the answer names no receipt")
-        keep = [(k, v) for k, v in headers if k == b"authorization"]
+        keep = [(k, v) for k, v in headers if k.decode("latin-1") in CREDENTIALS]
         path = f"/v1/aci/receipts/{receipt_id}".encode()
         if not connection.reusable:
             raise self._missing("the connection ended before the receipt came")
@@ -235,7 +242,7 @@ class Proxy:
         self._state.receipts_verified += 1
 
     async def _stream(self, answer: Answer, exchange: Exchange, asked: bool, send: Send) -> None:
-        """Pass events on as they come; `[DONE]` and what follows wait for the receipt."""
+        """Pass events on as they come; the stream's end and what follows wait for the receipt."""
         await send({"type": "http.response.start", "status": 200, "headers": _passed(answer)})
         cutter, held = SseCutter(limit=MAX_EVENT), b""
         try:
@@ -243,7 +250,7 @@ class Proxy:
                 exchange.take(chunk)
                 ready = []
                 for event in cutter.feed(chunk):
-                    if held or event.startswith(_DONE):
+                    if held or stream_ends(event):
                         held += event
                     else:
                         ready.append(event)

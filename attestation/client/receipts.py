@@ -16,11 +16,20 @@ from attestation.receipt import Receipt, verify_receipt
 from attestation.result import Check, Checks, Status
 from attestation.sse import split_inline
 
-__all__ = ["Exchange", "ReceiptRecorder", "ReceiptRefused", "ReceiptVerdict", "check_receipt"]
+__all__ = [
+    "CREDENTIALS", "Exchange", "ReceiptRecorder", "ReceiptRefused", "ReceiptVerdict", "check_receipt", "receipt_due",
+    "stream_ends",
+]  # fmt: skip
 
 MAX_RECORDED: Final = 64 * 1024 * 1024
 MAX_REST: Final = 4 * 1024 * 1024
 """Bytes read after `[DONE]`: the receipt of a very long stream, and the end of the body."""
+
+CREDENTIALS: Final = ("authorization", "x-api-key")
+"""Headers that may hold the API key of a request: its receipt is asked for with the same."""
+_WITHOUT: Final = ("/v1/state/", "/v1/organization/", "/v1/responses/input_tokens", "/v1/messages/count_tokens")
+"""What is posted and is no inference. Everything else is: a route that is not known here is asked for its receipt."""
+_ENDS: Final = (b"data: [DONE]", b": vouchsafe receipt=")
 
 RECEIPT_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -73,6 +82,16 @@ class ReceiptRefused(RefusedError):
             ),
             verdict,
         )
+
+
+def receipt_due(method: str, path: str) -> bool:
+    """Whether a 200 to this request comes with a receipt."""
+    return method == "POST" and path.startswith("/v1/") and not path.startswith(_WITHOUT)
+
+
+def stream_ends(event: bytes) -> bool:
+    """Whether *event* begins a stream's end: the service's comment, behind which one last event stands, or `[DONE]`."""
+    return event.startswith(_ENDS)
 
 
 def check_receipt(
