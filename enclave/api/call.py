@@ -115,8 +115,8 @@ class Call:
 
     async def _drive(self, path: str, watch: asyncio.Future[None], revoked: asyncio.Future[None]) -> Refusal | None:
         """(2) Until the engine has answered, has died, is silent for too long, or nobody may have the answer."""
-        self._record.forwarded(self._job)
         a = self._job.admitted
+        self._record.forwarded(a)
         scope = inner_scope(path, a.body, _SSE if a.stream else b"application/json")
         call = asyncio.ensure_future(self._engine.app(scope, self._receive, self._send))
         dead = asyncio.ensure_future(self._engine.wait_failed())
@@ -217,7 +217,7 @@ class Call:
 
     async def _end(self, fault: Refusal | None) -> None:
         """Whatever the engine has not ended by itself."""
-        if self._out.done:
+        if self._job.reservation.entry is not None:
             return
         if self._revoked and self._x.status is None:
             self._x.outcome = "key_revoked"

@@ -8,18 +8,20 @@ answer replaces either.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from enclave.api.errors import INTERNAL, Refused, engine_refusal
+from enclave.api.errors import INTERNAL, Refused, engine_refusal, unavailable
 from enclave.api.tokenize import TOKENIZE_PATH, count_completion, count_document
-from enclave.engine.base import Engine
+from enclave.engine.base import Engine, EngineGone
 from enclave.engine.call import post
 
 __all__ = ["Bound", "bound", "exact", "prompt_tokens"]
 
+SECONDS: Final = 30.0
 COMPLETION_TOKENS: Final = 16
 """`max_tokens` of /v1/completions when absent: OpenAI's, and vLLM's."""
 
@@ -72,7 +74,13 @@ async def prompt_tokens(engine: Engine, document: Document) -> int:
 
 
 async def _ask(engine: Engine, document: Document) -> int:
-    status, body = await post(engine.app, TOKENIZE_PATH, {**document, "model": engine.model_id})
+    try:
+        async with asyncio.timeout(SECONDS):
+            status, body = await post(engine.app, TOKENIZE_PATH, {**document, "model": engine.model_id})
+    except (EngineGone, TimeoutError):
+        raise Refused(unavailable(engine.retry_after)) from None
+    except Exception:  # its text may quote the request
+        raise Refused(INTERNAL) from None
     if status != 200:
         raise Refused(engine_refusal(status, body))
     try:

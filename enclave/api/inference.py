@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import time
@@ -87,6 +88,7 @@ class Inference:
         except Refused as refused:
             await record.refuse(refused.refusal)
             return
+        record.let_in(job)
         self._running += 1
         try:
             with job.ticket:
@@ -96,7 +98,8 @@ class Inference:
         finally:
             self._running -= 1
             if job.reservation.entry is None:  # a fault of ours: whoever was not answered pays nothing
-                job.reservation.finish("upstream_error")
+                with contextlib.suppress(LedgerError):  # a ledger that has failed settles at its next opening
+                    job.reservation.finish("upstream_error")
                 job.ticket.settle(0)
 
     def _admit(

@@ -61,10 +61,12 @@ class Record:
         self._events: list[dict[str, Any]] = [receipt.request_received(received)]  # Any: JSON values
         self._job: Job | None = None
 
-    def forwarded(self, job: Job) -> None:
-        """The request goes to the engine as it was rewritten."""
-        a = job.admitted
+    def let_in(self, job: Job) -> None:
+        """From here on there is something to settle."""
         self._job = job
+
+    def forwarded(self, a: Admitted) -> None:
+        """The request goes to the engine as it was rewritten."""
         rewritten = {"type": "x.request.rewritten", "set": list(a.set), "removed": list(a.removed)}
         self._events += [rewritten, receipt.request_forwarded(hashlib.sha256(a.body).digest())]
 
