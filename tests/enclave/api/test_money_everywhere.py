@@ -74,6 +74,7 @@ class World:
         self.tenancy: Tenancy
         self.gateway: Gateway
         self.engines: dict[str, EchoEngine] = {}
+        self.records: list[bytes] = []
         self.book = Book()
 
     async def boot(self, *, first: bool = False) -> None:
@@ -202,8 +203,6 @@ class World:
                 if isinstance(decoded, Settled):
                     seen.append(decoded.entry)
         return seen
-
-    records: list[bytes] = []
 
     async def read_back(self) -> None:
         self.records = [record async for _, record in self.tenancy._journal.replay()]
