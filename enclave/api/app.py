@@ -16,7 +16,7 @@ from typing import Final
 
 from enclave.access.keys import bearer
 from enclave.access.organization import Caller
-from enclave.api import elsewhere
+from enclave.api import elsewhere, messages
 from enclave.api.admin import Admin
 from enclave.api.admin.routes import PREFIX
 from enclave.api.counting import Counting
@@ -151,14 +151,14 @@ class Gateway:
         await x.answer(200, model_object(filter(caller.may_use, self._engines), id, self._created))
 
     async def _get_receipt(self, x: Exchange, id: str) -> None:
-        token = bearer(x.scope["headers"])
-        caller = None if token is None else self._open().organization.caller(token)
+        organization, token = self._open().organization, messages.token(x.scope["headers"])
+        caller = None if token is None else organization.caller(token)
         owner = caller.key.id if caller is not None and caller.may("receipts.read") else None
         await x.answer(200, await receipt_answer(self._receipts, id, token=token, owner=owner))
 
     def _caller(self, x: Exchange, scope: str) -> Caller:
-        token = bearer(x.scope["headers"])
-        caller = None if token is None else self._open().organization.caller(token)
+        organization, token = self._open().organization, bearer(x.scope["headers"])
+        caller = None if token is None else organization.caller(token)
         if caller is None:
             raise Refused(INVALID_KEY)
         if not caller.may(scope):

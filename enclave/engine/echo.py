@@ -48,6 +48,7 @@ class EchoEngine:
               `error-first` before any, `no-done`, `no-usage` at the end, `hang` after two events, `no-stream` JSON
               for a stream
     repeat    how often the text is said
+    most      how many requests it had at a time
     """
 
     retry_after = None
@@ -62,6 +63,8 @@ class EchoEngine:
         self.fault: Fault = ""
         self.repeat = 1
         self.calls: list[Call] = []
+        self.most = 0
+        self._running = 0
 
     @property
     def model_id(self) -> str:
@@ -105,6 +108,8 @@ class EchoEngine:
             body += message.get("body", b"")
         call = Call(scope["path"], list(scope["headers"]), body)
         self.calls.append(call)
+        self._running += 1
+        self.most = max(self.most, self._running)
         watch = asyncio.create_task(self._watch(call, receive))
         answer = asyncio.create_task(self._answer(call, send))
         try:
@@ -113,6 +118,7 @@ class EchoEngine:
                 answer.result()
                 call.finished = True
         finally:
+            self._running -= 1
             for task in (watch, answer):
                 task.cancel()
             await asyncio.gather(watch, answer, return_exceptions=True)

@@ -83,6 +83,7 @@ _QUIET: Final = (
     "--disable-log-stats",
     # The gateway salts every request per key, so a hit never crosses customers.
     "--enable-prefix-caching",
+    "--enable-prompt-tokens-details",
     "--prefix-caching-hash-algo",
     "sha256",
     "--load-format",
@@ -158,7 +159,8 @@ LOCK: Final[Mapping[str, tuple[object, ...]]] = {
     "reasoning_parser_plugin": ("", None),
     "middleware": ([],),
     "enable_sleep_mode": (False,),
-    "enable_prompt_tokens_details": (False,),
+    # What a caller is told of the cache is about its own: every request is salted per key.
+    "enable_prompt_tokens_details": (True,),
     "enable_request_id_headers": (False,),
     "enable_tokenizer_info_endpoint": (False,),
     "enable_server_load_tracking": (False,),
