@@ -60,7 +60,7 @@ def test_boot_stops_above_thirty_kib_and_says_the_sizes(tmp_path_factory: pytest
     with booting(folder, 3900) as enclave:
         assert enclave.wait(60) == 1, enclave.text
         (failed,) = [line for line in enclave.console if "FAILED" in line]
-        assert failed.startswith("boot 9/11 certificate: FAILED: FORMAT_LEAF")
+        assert failed.startswith("boot 9/12 certificate: FAILED: FORMAT_LEAF")
         assert f"at most {MAX_LEAF} bytes" in failed
     assert not (folder / "s" / "e.sock").exists()
 

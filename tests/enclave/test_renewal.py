@@ -388,7 +388,7 @@ def live_enclave(short: Path) -> Iterator[tuple[Provisioned, EnclaveProcess]]:
     listen = f"unix:{short / 's' / 'e.sock'}"
     made = provision(short / "made", short / "tee", model_directory(short / "model"), None, "parrot", listen, NAME)
     with EnclaveProcess(made.config, short / "tee") as enclave:
-        enclave.wait_for("enclave: listening")
+        enclave.set_up(made, short / "s" / "e.sock")
         yield made, enclave
 
 

@@ -135,7 +135,7 @@ def test_connection_that_asks_for_proofs_without_end(enclave: Enclave, monkeypat
     assert [status for status, _ in answers] == [200] * BURST + [429] * (20 - BURST)
     assert all(1 <= int(headers["retry-after"]) <= 60 for status, headers in answers if status == 429)
     assert len(enclave.quotes) == BURST
-    assert b" 401 " in enclave.talk(enclave.client())  # another connection has its own allowance
+    assert b" 503 " in enclave.talk(enclave.client())  # another connection has its own allowance
     # Without the allowance every request is answered, and costs a quote.
     monkeypatch.setattr(Allowance, "take", lambda self, connection: None)
     before = len(enclave.quotes)
@@ -182,7 +182,7 @@ def test_more_connections_than_the_queue_holds(enclave: Enclave) -> None:
         wait()
         assert sorted(status for status, _ in answers) == [200] * (1 + QUEUE) + [503] * (CROWD - 1 - QUEUE)
         assert len(enclave.quotes) == 2
-        assert b" 401 " in enclave.talk(session)
+        assert b" 503 " in enclave.talk(session)
     assert session.last_result is not None and session.last_result.accepted
     assert len(enclave.quotes) <= 2 + (time.monotonic() - began) / PAUSE
 
@@ -214,7 +214,7 @@ def test_client_gets_its_proof_while_a_flood_goes_on(enclave: Enclave) -> None:
         try:
             while served < 5:
                 try:
-                    assert b" 401 " in enclave.talk(session)
+                    assert b" 503 " in enclave.talk(session)
                     served += 1
                 except NotAttested as err:
                     assert err.code == "TRANSPORT_BUSY"

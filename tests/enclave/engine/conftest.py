@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.enclave.api.conftest import closed
 from tests.enclave.engine.workers import Worker
+
+__all__ = ["closed", "second", "worker"]
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from typing import Any, TypeVar
 import httpx2
 from openai import AsyncOpenAI, BaseModel
 
-from enclave.access import KeyCheck
-from enclave.api.admin import Admin
-from enclave.api.app import Gateway
+from enclave.access.ledger import Ledger
 from enclave.engine.base import Receive, Scope, Send
-from enclave.receipts import ReceiptStore
+from enclave.engine.echo import EchoEngine
+from enclave.tenancy import Tenancy
 from tests.enclave.access.world import World
 from tests.enclave.api.client import Connection
+from tests.enclave.api.serving import custody_of, gateway_of, prices
 
 URL = "https://enclave.test"
 MODELS = ("parrot", "org/magpie:v1", "wren")
@@ -26,11 +26,9 @@ class Office:
 
     def __init__(self, world: World, value: str) -> None:
         self.world, self.value = world, value
-        self.admin = Admin(world.organization, MODELS, enforcing=lambda project, cents: cents < 100)
-        self.gateway = Gateway(
-            engines={}, access=KeyCheck("00" * 32), receipts=ReceiptStore(), public={}, ready=lambda: True,
-            admin=self.admin,
-        )  # fmt: skip
+        tenancy = Tenancy.__new__(Tenancy)  # as far as administration looks at it
+        tenancy.organization, tenancy.ledger = world.organization, Ledger(prices(*MODELS), lambda: world.now)
+        self.gateway = gateway_of(custody_of(tenancy), [EchoEngine(model) for model in MODELS])
         connection = Connection()
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
