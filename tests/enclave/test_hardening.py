@@ -89,4 +89,4 @@ def test_usage_and_missing_configuration_are_status_2(capsys: pytest.CaptureFixt
         assert ended.value.code == 2
     done = run("-m", "enclave.cli", "serve", "--config", "/nowhere.toml")
     assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
-    assert "boot 1/11 configuration: FAILED: INPUT_CONFIG_READ" in done.stdout and "hint: " in done.stdout
+    assert "boot 1/12 configuration: FAILED: INPUT_CONFIG_READ" in done.stdout and "hint: " in done.stdout
