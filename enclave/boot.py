@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 import signal
 import socket
@@ -39,18 +38,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import IO, Any, Final
 
-from attestation.attester import TeeAttester
 from attestation.attester.gpu import GpuAttester
 from attestation.attester.tdx import TdxAttester
 from attestation.errors import InputError, PolicyError, RefusedError, VouchsafeError
 from attestation.policy import Policy
-from attestation.tdx import append_records, rtmr3_items, rtmr_after
+from attestation.tdx import rtmr3_items
 from enclave import engine as engines
 from enclave import hardening, telemetry
 from enclave.api.app import Gateway
 from enclave.api.attestation import Attestation
 from enclave.api.health import health_routes
 from enclave.api.record import Execution
+from enclave.boot_steps import children, gauges, give_gpus_back, seal
 from enclave.channel import ChannelProver
 from enclave.clock import Clock
 from enclave.custody import Custody
@@ -59,7 +58,7 @@ from enclave.engine import Engine, EngineError, processes
 from enclave.inputs import appraisal_policy, golden_answers, own_runtime, private_directory
 from enclave.issuer import DRAIN, Draft, Issuer
 from enclave.keys import KeyRing
-from enclave.metrics import Metrics
+from enclave.metrics import METRICS_PATH, Metrics
 from enclave.producer import Producer, Worker
 from enclave.receipts import ReceiptStore
 from enclave.server import EnclaveServer, address, bind, make_server
@@ -78,10 +77,6 @@ STOP_DRAIN: Final = 30
 """Seconds that running answers get when the enclave is asked to stop."""
 CHILD_PATIENCE: Final = 3.0
 """Seconds for children that an engine's own stop left behind, before they are killed."""
-READY_PATIENCE: Final = 5.0
-"""Seconds that the driver gets to withdraw the GPUs' ready state at the end."""
-RTMR_INDEX: Final = 4  # of RTMR3 in event logs (CCEL: 1 to 4)
-EV_EVENT_TAG: Final = 6
 
 _WAITS: Final = {
     "new": "and waits for `vouchsafe bootstrap`: there is no state yet",
@@ -239,7 +234,7 @@ class Boot:
         assert self.producer is not None
         weights = [(m.id, m.weights) for m in self.settings.models]
         items = rtmr3_items(self._release, self.settings.digest, weights)
-        self.issuer.event_log = await self.producer.tdx(lambda tdx: _seal(tdx, items))
+        self.issuer.event_log = await self.producer.tdx(lambda tdx: seal(tdx, items))
         return f"{len(items)} items"
 
     async def _quote(self) -> str:
@@ -291,13 +286,14 @@ class Boot:
         evidence = Attestation(self.issuer.bundle, self.producer, self.prover)
         health = health_routes(self.ready, lambda: bool(self.issuer.failing), self._states, lambda: self.custody_state)
         release = f"sha256:{self._release.hex()}"
-        metrics = self._metrics()
+        models = Metrics({m.id: m.task for m in self.settings.models})
+        metrics = gauges(models, self.engines, self.custody, self.issuer)
         app = Gateway(
             engines=self.engines,
             executions={m.id: Execution(m.weights, release) for m in self.settings.models},
             custody=self.custody,
             receipts=ReceiptStore(),
-            public={**evidence.routes, **health, ("GET", "/metrics"): metrics.app},
+            public={**evidence.routes, **health, ("GET", METRICS_PATH): metrics.app},
             ready=self.ready,
             metrics=metrics,
         )
@@ -320,9 +316,6 @@ class Boot:
     @property
     def custody_state(self) -> str:
         return "new" if self.custody is None else self.custody.state
-
-    def _metrics(self) -> Metrics:
-        return Metrics({m.id: m.task for m in self.settings.models})
 
     def _states(self) -> dict[str, bool]:
         return {id: engine.healthy for id, engine in self.engines.items()}
@@ -371,34 +364,16 @@ class Boot:
         if self.engines:
             engines.sweep(self.settings.models)
         if self.producer is not None:
-            await _give_gpus_back(self.producer)
+            await give_gpus_back(self.producer)
             self.producer.close()
         if self._socket is not None:
             self._socket.close()
             if self.settings.listen.kind == "unix":
                 self.settings.listen.path.unlink(missing_ok=True)
-        killed = await processes.end(_children(), patience=CHILD_PATIENCE)
+        killed = await processes.end(children(), patience=CHILD_PATIENCE)
         if self._lock is not None:
             self._lock.close()
         return killed
-
-
-async def _give_gpus_back(producer: Producer) -> None:
-    """Nobody vouches for the GPUs any more: they take no work of whatever runs here next."""
-    if producer.has_gpu:
-        with contextlib.suppress(VouchsafeError, TimeoutError):  # the machine may be why we stop
-            await asyncio.wait_for(producer.set_gpu_ready(False), READY_PATIENCE)
-
-
-def _children() -> dict[int, str]:
-    """Our living descendants, but for Python's resource tracker: it ends with us, after it has removed shared memory
-    that a killed engine left."""
-    found = processes.descendants()
-    for pid in list(found):
-        with contextlib.suppress(OSError):
-            if b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                del found[pid]
-    return found
 
 
 async def serve(config: Path, console: Console, load_engine: LoadEngine) -> int:
@@ -476,23 +451,3 @@ def _report(failed: BootFailed, console: Console) -> int:
     if error.hint:
         console.say(f"  hint: {error.hint}")
     return 2 if isinstance(error, InputError | PolicyError) else 1
-
-
-def _seal(tdx: TeeAttester, items: list[bytes]) -> bytes:
-    """Extend RTMR3 by *items* and return the closed event log. RTMR3 must be untouched: its value follows from the
-    items alone, and a verifier computes it."""
-    if (value := tdx.read_rtmr(3)) != bytes(48):
-        raise RefusedError(
-            "BOOT_RTMR3",
-            "RTMR3 is not zero: something was measured into it since the machine started",
-            expected=bytes(48),
-            actual=value,
-            hint="an enclave boots once per boot of its machine: restart the TD (or the development TEE)",
-        )
-    digests = [hashlib.sha384(item).digest() for item in items]
-    for digest in digests:
-        tdx.extend_rtmr3(digest)
-    if (value := tdx.read_rtmr(3)) != rtmr_after(items):
-        raise RefusedError("BOOT_RTMR3", "RTMR3 holds something else", expected=rtmr_after(items), actual=value)
-    records = [(RTMR_INDEX, EV_EVENT_TAG, digest, item) for digest, item in zip(digests, items, strict=True)]
-    return append_records(tdx.event_log(), records)

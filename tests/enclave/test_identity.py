@@ -22,7 +22,7 @@ from attestation.policy import Policy
 from attestation.ratls import Leaf
 from attestation.tdx import rtmr3_items
 from attestation.verifier import verify
-from enclave.boot import _seal
+from enclave.boot_steps import seal
 from enclave.clock import Clock
 from enclave.issuer import Issuer
 from enclave.keys import CertificateKey, KeyRing, ReceiptKey
@@ -87,7 +87,7 @@ def around(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surroundings]:
     with surroundings(tmp_path_factory.mktemp("i"), lifetime=60) as made:
         settings = made.settings
         items = rtmr3_items(made.made.release, settings.digest, [(m.id, m.weights) for m in settings.models])
-        made.event_log = _seal(made.tdx, items)  # type: ignore[attr-defined]  # one seal per machine, as at boot
+        made.event_log = seal(made.tdx, items)  # type: ignore[attr-defined]  # one seal per machine, as at boot
         yield made
 
 
@@ -265,7 +265,7 @@ async def test_new_status_list_is_served_without_waiting_for_half_life(around: S
 
 def test_seal_refuses_a_register_that_is_not_zero(around: Surroundings) -> None:
     with pytest.raises(RefusedError, match="BOOT_RTMR3: RTMR3 is not zero"):
-        _seal(around.tdx, [b"{}"])
+        seal(around.tdx, [b"{}"])
 
 
 async def test_a_thread_that_hangs_does_not_keep_the_process(around: Surroundings) -> None:

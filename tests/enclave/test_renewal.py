@@ -28,7 +28,7 @@ from attestation.errors import RefusedError
 from attestation.tdx import rtmr3_items
 from enclave.api.attestation import ACI_PATH
 from enclave.api.health import health_routes
-from enclave.boot import _seal
+from enclave.boot_steps import seal
 from enclave.clock import Clock
 from enclave.issuer import RETRY_MAX, Issuer
 from enclave.keys import KeyRing
@@ -83,7 +83,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Surround
 
 
 def _sealed(tdx: TeeAttester, items: list[bytes]) -> bytes:
-    return _seal(tdx, items)
+    return seal(tdx, items)
 
 
 @pytest.fixture

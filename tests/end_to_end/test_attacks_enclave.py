@@ -32,7 +32,7 @@ from attestation.policy import Policy
 from attestation.tdx import rtmr3_items
 from enclave.api import attestation as routes_module
 from enclave.api.attestation import Attestation
-from enclave.boot import _seal
+from enclave.boot_steps import seal
 from enclave.channel import BURST, PAUSE, Allowance, ChannelProver
 from enclave.clock import Clock
 from enclave.issuer import Issuer
@@ -88,7 +88,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Surroundings]:
     with surroundings(tmp_path_factory.mktemp("a")) as made:
         settings = made.settings
         items = rtmr3_items(made.made.release, settings.digest, [(m.id, m.weights) for m in settings.models])
-        made.event_log = _seal(made.tdx, items)  # type: ignore[attr-defined]  # one seal per machine, as at boot
+        made.event_log = seal(made.tdx, items)  # type: ignore[attr-defined]  # one seal per machine, as at boot
         yield made
 
 

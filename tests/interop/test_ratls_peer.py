@@ -40,7 +40,7 @@ from OpenSSL import SSL
 
 from attestation.ratls import EXTENSION_OID, Leaf, decode_extension, encode_extension
 from attestation.tdx import rtmr3_items
-from enclave.boot import _seal
+from enclave.boot_steps import seal
 from enclave.clock import Clock
 from enclave.identity import Identity
 from enclave.issuer import Issuer
@@ -58,7 +58,7 @@ def issued(folder: Path) -> Identity:
         settings = around.settings
         issuer = Issuer(settings, around.policy, KeyRing(), Producer(around.tdx, None), Clock())
         items = rtmr3_items(around.made.release, settings.digest, [(m.id, m.weights) for m in settings.models])
-        issuer.event_log, issuer.release_digest = _seal(around.tdx, items), around.made.release
+        issuer.event_log, issuer.release_digest = seal(around.tdx, items), around.made.release
         return asyncio.run(issuer.issue())
 
 
