@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -64,6 +65,10 @@ def seal(tdx: TeeAttester, items: list[bytes]) -> bytes:
     return append_records(tdx.event_log(), records)
 
 
+def _up(engine: Engine) -> float:
+    return float(engine.healthy)
+
+
 def gauges(metrics: Metrics, engines: Mapping[str, Engine], custody: Custody, issuer: Issuer) -> Metrics:
     """What is read when a picture of the service is made."""
 
@@ -72,9 +77,9 @@ def gauges(metrics: Metrics, engines: Mapping[str, Engine], custody: Custody, is
         return float(getattr(tenancy.queues[id], what)) if tenancy is not None else 0.0
 
     for id, engine in engines.items():
-        metrics.watch("vouchsafe_engine_up", "1 while the model can answer.", lambda e=engine: float(e.healthy), id)
-        metrics.watch("vouchsafe_requests_running", "Requests in the engine.", lambda i=id: queue(i, "running"), id)
-        metrics.watch("vouchsafe_requests_waiting", "Requests before it.", lambda i=id: queue(i, "waiting"), id)
+        metrics.watch("vouchsafe_engine_up", "1 while the model can answer.", partial(_up, engine), id)
+        metrics.watch("vouchsafe_requests_running", "Requests in the engine.", partial(queue, id, "running"), id)
+        metrics.watch("vouchsafe_requests_waiting", "Requests before it.", partial(queue, id, "waiting"), id)
     metrics.watch("vouchsafe_state_open", "1 while the state is open.", lambda: float(custody.tenancy is not None))
     metrics.watch(
         "vouchsafe_ledger_overruns", "Answers that used more than was reserved: the operator pays.",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from enclave.access.checks import (
@@ -45,9 +45,12 @@ __all__ = ["AccessError", "Caller", "Organization"]
 MAX_PROJECTS: Final = 1000
 MAX_ACCOUNTS: Final = 1000
 MAX_KEYS: Final = 10_000
-MAX_GRACE: Final = 7 * 86400
+DAY: Final = 86_400
+MAX_GRACE: Final = 7 * DAY
 MAX_SECONDS: Final = 31_536_000
 """How long a key that expires may last."""
+LOOK_SECONDS: Final = 0.5
+"""How late a stream may learn that its key has expired."""
 MAX_CENTS: Final = 10**12
 BOOTSTRAP: Final = "bootstrap"
 
@@ -56,10 +59,14 @@ Append = Callable[[bytes], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, found by a key that opens now. Holding one proves nothing about a moment later: see `watch`."""
+    """Who asks, found by a key that opens now. Holding one proves nothing about a moment later: see `watch`.
+
+    digest   of the secret that opened the key
+    """
 
     key: ApiKey
     project: Project
+    digest: bytes = field(repr=False)
 
     def may(self, scope: str) -> bool:
         return scope in self.key.scopes
@@ -84,7 +91,8 @@ class Organization:
         self.spend_limit_cents: int | None = None
         self._by_digest: dict[bytes, str] = {}
         self._admin_by_digest: dict[bytes, str] = {}
-        self._watchers: dict[str, set[asyncio.Future[None]]] = {}
+        self._watchers: dict[str, dict[asyncio.Future[None], bytes]] = {}
+        self._looking: asyncio.TimerHandle | None = None
 
     # reading
 
@@ -107,7 +115,7 @@ class Organization:
         if key is None or not key.open_at(self._clock(), digest):
             return None
         project = self.projects[key.project_id]
-        return Caller(key, project) if project.active else None
+        return Caller(key, project, digest) if project.active else None
 
     def admin(self, token: bytes) -> AdminKey | None:
         """The admin key with this value, None for an unknown or expired one."""
@@ -117,22 +125,41 @@ class Organization:
         now = self._clock()
         return None if key is None or (key.expires_at is not None and now >= key.expires_at) else key
 
-    def watch(self, key_id: str) -> asyncio.Future[None]:
-        """Done as soon as the key is revoked, deleted or its project archived. Forget it with `unwatch`."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        key = self.keys.get(key_id)
-        if key is None or key.revoked_at is not None or not self.projects[key.project_id].active:
+    def watch(self, caller: Caller) -> asyncio.Future[None]:
+        """Done when what let *caller* in would not let it in any more: at once when its key is revoked or deleted or
+        its project archived, within LOOK_SECONDS when key or secret expire. Forget it with `unwatch`."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+        if not self._opens(caller.key.id, caller.digest):
             future.set_result(None)
-        else:
-            self._watchers.setdefault(key_id, set()).add(future)
+            return future
+        self._watchers.setdefault(caller.key.id, {})[future] = caller.digest
+        if self._looking is None:
+            self._looking = loop.call_later(LOOK_SECONDS, self._look)
         return future
 
-    def unwatch(self, key_id: str, future: asyncio.Future[None]) -> None:
-        waiting = self._watchers.get(key_id)
+    def unwatch(self, caller: Caller, future: asyncio.Future[None]) -> None:
+        waiting = self._watchers.get(caller.key.id)
         if waiting is not None:
-            waiting.discard(future)
+            waiting.pop(future, None)
             if not waiting:
-                del self._watchers[key_id]
+                del self._watchers[caller.key.id]
+
+    def _opens(self, key_id: str, digest: bytes) -> bool:
+        key = self.keys.get(key_id)
+        return key is not None and key.open_at(self._clock(), digest) and self.projects[key.project_id].active
+
+    def _look(self) -> None:
+        """Once in a while, as long as anybody watches: time alone closes keys too."""
+        for id, waiting in list(self._watchers.items()):
+            for future, digest in list(waiting.items()):
+                if not self._opens(id, digest):
+                    del waiting[future]
+                    _done(future)
+            if not waiting:
+                del self._watchers[id]
+        loop = asyncio.get_running_loop()
+        self._looking = loop.call_later(LOOK_SECONDS, self._look) if self._watchers else None
 
     # commands
 
@@ -152,11 +179,13 @@ class Organization:
             )
 
     async def delete_admin_key(self, actor: str, id: str) -> None:
-        """The last one cannot be deleted: nobody could ever administer the organisation again."""
+        """The last one that lasts another day cannot be deleted: nobody could administer the organisation then."""
         async with self._lock:
             find(self.admin_keys, id, "admin key")
             now = self._clock()
-            left = [k for k in self.admin_keys.values() if k.id != id and (k.expires_at is None or k.expires_at > now)]
+            left = [
+                k for k in self.admin_keys.values() if k.id != id and (k.expires_at is None or k.expires_at > now + DAY)
+            ]
             if not left:
                 raise AccessError("ACCESS_STATE", "this is the last admin key", hint="create another one first")
             await self._do("api_key.deleted", actor, id, "", {"kind": "admin"})
@@ -251,7 +280,7 @@ class Organization:
         async with self._lock:
             account = find(self.accounts, account_id, "service account")
             self._active_project(account.project_id)
-            room(self.keys, MAX_KEYS, "keys")
+            room([k for k in self.keys.values() if k.revoked_at is None], MAX_KEYS, "keys")
             check_number("expires_in_seconds", seconds, 1, MAX_SECONDS)
             wanted = DEFAULT_SCOPES if scopes is None else check_scopes(scopes)
             id, made = _new_id("key"), self._pepper.make("inference")
@@ -435,8 +464,7 @@ class Organization:
     def _tell(self, key_ids: Iterable[str]) -> None:
         for id in key_ids:
             for future in self._watchers.pop(id, ()):
-                if not future.done():
-                    future.set_result(None)
+                _done(future)
 
 
 _APPLY: Final[dict[str, Callable[[Organization, Event], None]]] = {
@@ -453,6 +481,11 @@ _APPLY: Final[dict[str, Callable[[Organization, Event], None]]] = {
     "api_key.updated": Organization._key_updated,
     "api_key.deleted": Organization._key_deleted,
 }
+
+
+def _done(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 def _new_id(prefix: str) -> str:

@@ -28,11 +28,11 @@ _ALERTS: Final = "Spend is not told by mail, which would leave the enclave: ask 
 
 _KEPT: Final = re.compile(
     r"/v1/(?:files|uploads|batches|vector_stores|fine_tuning|evals|threads|assistants|conversations|containers|prompts"
-    r"|chatkit|skills|chat/completions/[^/]+(?:/messages)?|responses/(?!input_tokens$)[^/]+(?:/cancel|/input_items)?"
+    r"|chatkit|skills|agents|vaults|webhook_endpoints|webhook_event_types|safety|decisions|chat/completions/[^/]+(?:/messages)?|responses/(?!input_tokens$)[^/]+(?:/cancel|/input_items)?"
     r"|messages/batches)(?:/.*)?"
 )
 _MEDIA: Final = re.compile(
-    r"/v1/(?:images|audio|moderations|realtime|videos|video|fine-tunes|edits|engines|live|content_provenance_check"
+    r"/v1/(?:images|audio|moderations|realtime|videos|video|fine-tunes|edits|engines|live|content_provenance_checks?"
     r"|rerank|score|classify|pooling)(?:/.*)?"
 )
 _ALERT: Final = re.compile(r"/v1/organization/(?:projects/[^/]+/)?spend_alerts(?:/.*)?")

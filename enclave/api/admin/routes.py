@@ -19,14 +19,17 @@ from typing import Any, Final
 from urllib.parse import quote, unquote
 
 from enclave.access.keys import bearer
+from enclave.access.ledger import Ledger
 from enclave.access.organization import AccessError, Organization
 from enclave.access.records import AdminKey, ModelLimit
+from enclave.api import elsewhere
 from enclave.api.admin import fields as f
 from enclave.api.admin import operations as op
+from enclave.api.admin import usage
 from enclave.api.admin.fields import Field, read_fields
 from enclave.api.admin.operations import Births, Call, Enforcing
 from enclave.api.admin.paging import Ask, List, read_list, read_nothing
-from enclave.api.errors import INVALID_KEY, MEDIA_TYPE, NO_RETRY, UNKNOWN_URL, Refusal, Refused
+from enclave.api.errors import INVALID_KEY, MEDIA_TYPE, NO_RETRY, NO_SCOPE, Refusal, Refused
 from enclave.api.exchange import Exchange, Gone, header
 from enclave.api.requests import parse
 
@@ -142,28 +145,28 @@ class Admin:
     """Serves everything under PREFIX.
 
     models      ids of the models served here, in the order in which their limits are listed
-    enforcing   whether a spend limit stops requests now; without it every limit is told to be inactive
+    ledger      says what was spent
     """
 
-    def __init__(
-        self,
-        organization: Organization,
-        models: Collection[str],
-        *,
-        enforcing: Enforcing = lambda project, cents: False,
-    ) -> None:
+    def __init__(self, organization: Organization, models: Collection[str], ledger: Ledger) -> None:
         self._organization = organization
         self._models = tuple(models)
-        self._enforcing = enforcing
+        self._ledger = ledger
+        self._enforcing: Enforcing = lambda project, cents: ledger.spend(project).enforcing(cents)
         self._births = Births(organization)
 
-    @property
-    def routes(self) -> frozenset[tuple[str, str]]:
+    @staticmethod
+    def routes() -> frozenset[tuple[str, str]]:
         """Every (method, path) there is; ids are in braces."""
-        return frozenset((o.method, PREFIX + o.path) for o in _OPERATIONS)
+        pages = frozenset(("GET", PREFIX + path) for path in usage.PAGES)
+        return pages | frozenset((o.method, PREFIX + o.path) for o in _OPERATIONS)
 
     async def serve(self, x: Exchange) -> None:
         """Answer *x*, whose path begins with PREFIX, or raise Refused."""
+        page = x.scope["path"].removeprefix(PREFIX)
+        if x.scope["method"] == "GET" and page in usage.PAGES:
+            await self._page(x, page)
+            return
         operation, ids = _find(x)  # (1)
         x.route = operation.logged
         self._key(x)  # (2)
@@ -183,6 +186,19 @@ class Admin:
         except AccessError as err:
             raise Refused(_refusal(err)) from None
         await x.answer(200, json.dumps(answer).encode("ascii"))
+
+    async def _page(self, x: Exchange, path: str) -> None:
+        """A page of sums, to an administrator or to a key of a project that may read its own."""
+        x.route = PREFIX + path
+        token = bearer(x.scope["headers"])
+        admin = None if token is None else self._organization.admin(token)
+        caller = None if token is None else self._organization.caller(token)
+        if admin is None and caller is None:
+            raise Refused(INVALID_KEY)
+        if caller is not None and not caller.may("usage.read"):
+            raise Refused(NO_SCOPE)
+        made = usage.answer(usage.PAGES[path], x.scope.get("query_string", b""), self._ledger, caller)
+        await x.answer(200, json.dumps(made).encode("ascii"))
 
     def _key(self, x: Exchange) -> AdminKey:
         token = bearer(x.scope["headers"])
@@ -204,7 +220,7 @@ def _find(x: Exchange) -> tuple[Operation, tuple[str, ...]]:
         pairs = list(zip(segments, sent, strict=True))
         if all(s == given or (s.startswith("{") and given) for s, given in pairs):
             return operation, tuple(unquote(given) if s == "{limit}" else given for s, given in pairs if s[0] == "{")
-    raise Refused(UNKNOWN_URL)
+    raise Refused(elsewhere.refusal(x.scope["method"], x.scope["path"]))
 
 
 async def _body(x: Exchange, operation: Operation) -> dict[str, Any]:  # Any: JSON values

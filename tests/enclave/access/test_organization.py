@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from enclave.access.events import GENESIS, Event, EventError
-from enclave.access.organization import AccessError
+from enclave.access.organization import LOOK_SECONDS, AccessError, Caller
 from enclave.access.records import ModelLimit, ModelPermissions
 from enclave.access.secrets import Made, Pepper, kind_of
 from tests.enclave.access.world import World
@@ -102,28 +103,63 @@ async def test_rotated_key_has_two_values_for_the_grace_and_never_three() -> Non
 async def test_open_streams_are_told_at_once_when_their_key_stops_to_open() -> None:
     world = World()
     o = world.organization
-    project, key, _ = await with_key(world)
-    other = (await with_key(world))[1]
-    futures = [o.watch(key), o.watch(key), o.watch(other)]
+    project, key, made = await with_key(world)
+    _, other, theirs = await with_key(world)
+    mine = caller_of(world, made)
+    futures = [o.watch(mine), o.watch(mine), o.watch(caller_of(world, theirs))]
     await o.revoke_key("a", key)
     assert [f.done() for f in futures] == [True, True, False]
-    assert o.watch(key).done()  # too late, and told so
+    assert o.watch(mine).done()  # too late, and told so
     account = o.keys[other].owner_id
     await o.delete_account("a", account)
     assert futures[2].done()
     third = await o.create_account("a", project, "robot")
-    last, made = await o.create_key("a", third.id, "k")
-    watched = o.watch(last.id)
+    _, made = await o.create_key("a", third.id, "k")
+    watched = o.watch(caller_of(world, made))
     await o.archive_project("a", project)
     assert watched.done() and o.caller(made.value.encode()) is None
 
 
 async def test_watchers_that_are_gone_are_forgotten() -> None:
     world = World()
-    _, key, _ = await with_key(world)
-    for _ in range(100):
-        world.organization.unwatch(key, world.organization.watch(key))
+    _, _, made = await with_key(world)
+    mine = caller_of(world, made)
+    for _ in range(10_000):
+        world.organization.unwatch(mine, world.organization.watch(mine))
     assert not world.organization._watchers
+    async with asyncio.timeout(5):
+        while world.organization._looking is not None:  # noqa: ASYNC110 - it looks once more and stops
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", ["expiry", "shortened", "grace"])
+async def test_open_streams_are_told_when_time_alone_closes_their_key(how: str) -> None:
+    world = World()
+    o = world.organization
+    _, key, made = await with_key(world)
+    if how == "expiry":
+        await o.update_key("a", key, seconds=60)
+    mine = caller_of(world, made)
+    watched = o.watch(mine)
+    if how == "shortened":
+        await o.update_key("a", key, seconds=60)
+    elif how == "grace":
+        _, fresh = await o.rotate_key("a", key, 60)
+        newer = o.watch(caller_of(world, fresh))
+    await asyncio.sleep(1.2 * LOOK_SECONDS)
+    assert not watched.done()
+    world.now += 60
+    async with asyncio.timeout(1):
+        await watched
+    assert o.caller(made.value.encode()) is None
+    if how == "grace":
+        assert not newer.done()
+
+
+def caller_of(world: World, made: Made) -> Caller:
+    found = world.organization.caller(made.value.encode())
+    assert found is not None
+    return found
 
 
 async def test_models_a_project_may_ask() -> None:
@@ -277,7 +313,7 @@ async def test_action_that_could_not_be_stored_did_not_happen() -> None:
     world = World()
     project, key, made = await with_key(world)
     world.broken = True
-    watched = world.organization.watch(key)
+    watched = world.organization.watch(caller_of(world, made))
     for call in (world.organization.revoke_key("a", key), world.organization.archive_project("a", project)):
         with pytest.raises(OSError, match="full"):
             await call

@@ -39,7 +39,7 @@ def _path(node: ast.expr) -> str | None:
     if isinstance(node, ast.Call) and node.args:  # path_template("/x/{id}", id=id)
         node = node.args[0]
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("/"):
-        return re.sub(r"\{[^}]*\}", "x", node.value)
+        return re.sub(r"\{[^}]*\}", "x", node.value.partition("?")[0])
     if isinstance(node, ast.JoinedStr):
         return "".join(str(v.value) if isinstance(v, ast.Constant) else "x" for v in node.values)
     return None

@@ -11,6 +11,7 @@ import pytest
 
 from attestation.receipt import Receipt
 from enclave.api import inference
+from enclave.api.admin import Admin
 from enclave.engine.base import Receive, Scope, Send
 from enclave.engine.echo import EchoEngine
 from tests.enclave.api.client import API_KEY, CHAT, Caller, Connection, Identity, chat_body
@@ -23,7 +24,16 @@ COMPLETIONS = "/v1/completions"
 
 
 async def test_route_table_is_exactly_this(engine: EchoEngine) -> None:
-    assert (await gateway(engine)).routes == {
+    """A route that is not here does not exist; one that is here has a key, a limit and a meter, or none to ask for."""
+    assert (await gateway(engine)).routes - Admin.routes() == {
+        ("POST", "/v1/responses"),
+        ("POST", "/v1/responses/input_tokens"),
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("POST", "/tokenize"),
+        ("GET", "/v1/state"),
+        ("POST", "/v1/state/bootstrap"),
+        ("POST", "/v1/state/unlock"),
         ("GET", "/v1/models"),
         ("GET", "/v1/models/{id}"),
         ("POST", "/v1/chat/completions"),
@@ -42,18 +52,10 @@ async def test_route_table_is_exactly_this(engine: EchoEngine) -> None:
         "GET /openapi.json",
         "GET /docs",
         "GET /version",
-        "POST /tokenize",
         "POST /invocations",
-        "POST /v1/responses",
-        "GET /v1/embeddings",
         "POST /scale_elastic_ep",
-        "POST /v1/chat/completions/render",
         "POST /v1/chat/completions/",
         "POST //v1/chat/completions",
-        "GET /v1/chat/completions",
-        "OPTIONS /v1/chat/completions",
-        "HEAD /v1/models",
-        "DELETE /v1/models/parrot",
         "GET /v1/models/",
         "GET /v1/aci/receipts",
     ],
@@ -64,6 +66,28 @@ async def test_route_outside_the_table_is_404_and_never_reaches_the_engine(
     method, path = route.split(" ")
     reply = await caller.request(method, path, json.dumps(chat_body()).encode())
     assert (reply.status, reply.error["code"]) == (404, "unknown_url")
+    assert path not in reply.error["message"]
+    assert not engine.calls
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        "GET /v1/embeddings",
+        "GET /v1/chat/completions",
+        "OPTIONS /v1/chat/completions",
+        "HEAD /v1/models",
+        "DELETE /v1/models/parrot",
+        "POST /v1/chat/completions/render",
+        "GET /v1/responses",
+    ],
+)
+async def test_other_method_or_a_neighbour_of_a_route_is_refused_with_a_reason(
+    route: str, caller: Caller, engine: EchoEngine
+) -> None:
+    method, path = route.split(" ")
+    reply = await caller.request(method, path, json.dumps(chat_body()).encode())
+    assert reply.status in (404, 405) and reply.error["code"] in ("method_not_allowed", "zero_data_retention")
     assert path not in reply.error["message"]
     assert not engine.calls
 

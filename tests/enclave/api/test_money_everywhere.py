@@ -69,7 +69,7 @@ class World:
     def __init__(self, seed: int) -> None:
         self.random, self.truth, self.storage = random.Random(seed), Truth(), Memory()
         self.now = NOON
-        self.table: PriceTable = prices(*MODELS, input=1_234_567_891, cached=77_777_777, output=9_876_543_211)
+        self.table: PriceTable = prices(*MODELS, input=7_234_567_891, cached=77_777_777, output=49_876_543_211)
         self.keys: list[tuple[str, str]] = []
         self.tenancy: Tenancy
         self.gateway: Gateway

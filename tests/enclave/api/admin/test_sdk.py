@@ -194,7 +194,7 @@ async def test_spend_limits_of_organisation_and_project(office: Office) -> None:
         for nothing in (get, drop):
             with pytest.raises(openai.NotFoundError):
                 await nothing()
-        for cents, status in ((5000, "inactive"), (99, "enforcing")):  # the office enforces what is below a dollar
+        for cents, status in ((5000, "inactive"), (0, "enforcing")):  # nothing has been spent: 0 stops all the same
             given = valid(await put(threshold_amount=cents, currency="USD", interval="month"))
             assert (given.object, given.threshold_amount) == (f"{level}.spend_limit", cents)
             assert (given.currency, given.interval, given.enforcement.status) == ("USD", "month", status)
