@@ -31,6 +31,3 @@ class Dialect(Protocol):
 
     def failed(self, refusal: Refusal) -> bytes:
         """The last event of a stream that cannot end well."""
-
-    def refusal(self, refusal: Refusal) -> bytes:
-        """The body of an answer that is an error."""

@@ -89,7 +89,7 @@ async def _ask(engine: Engine, document: Document) -> int:
         raise Refused(INTERNAL) from None
     if type(count) is not int or count < 0:
         raise Refused(INTERNAL)
-    return count
+    return int(count)
 
 
 def _output(document: Document, context: int) -> int:

@@ -21,6 +21,8 @@ from enclave.engine.base import Task
 __all__ = ["CHAT", "COMPLETIONS", "Admitted", "Route", "admit", "parse"]
 
 MAX_N: Final = 8
+MAX_PROMPTS: Final = 64
+"""Of one completion: each is a request of its own to the engine."""
 MAX_SCHEMA: Final = 64 << 10
 """Bytes of JSON of `tools`, `response_format` or `structured_outputs`: they are compiled before a token is made."""
 MAX_DEPTH: Final = 64
@@ -195,6 +197,7 @@ def admit(
             )
     stream = _boolean(sent, "stream")
     _check_n(sent.get("n"))
+    _check_lengths(sent)
     wants_usage = _check_stream_options(sent, removed, stream=stream)
     _check_text_only(sent.get("messages"))
     _check_sizes(sent)
@@ -238,6 +241,21 @@ def _check_n(n: object) -> None:
         _wrong("n", "an integer")
     if not 1 <= n <= MAX_N:
         raise Refused(Refusal(400, f"n must be between 1 and {MAX_N}.", code="invalid_value", param="n"))
+
+
+def _check_lengths(document: Mapping[str, Any]) -> None:  # Any: JSON values
+    """What a request may cost is worked out from these, so they are understood here and not only by the engine."""
+    for name in ("max_tokens", "max_completion_tokens"):
+        value = document.get(name)
+        if value is not None and type(value) is not int:
+            _wrong(name, "an integer")
+        if value is not None and value < 0:
+            raise Refused(Refusal(400, f"{name} must not be negative.", code="invalid_value", param=name))
+    prompt = document.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > MAX_PROMPTS:
+        raise Refused(
+            Refusal(400, f"prompt must have at most {MAX_PROMPTS} entries.", code="invalid_value", param="prompt")
+        )
 
 
 def _check_provider(provider: object) -> None:
