@@ -131,6 +131,19 @@ def _service(commands: Any) -> None:
     _live(p)
     p.add_argument("--api-key-file", metavar="F")
 
+    p = _command(commands, "bootstrap", "cli_state", "bootstrap", "make a new service's state; keep what it gives once")
+    p.add_argument("target", metavar="TARGET", nargs="?", help="https://NAME[:PORT]")
+    _live(p, policy=False)
+    p.add_argument("--secret", metavar="F", help="file with the bootstrap secret (- for stdin)")
+    p.add_argument("--key", metavar="F", help="where the state key goes: a file that is not there yet")
+    p.add_argument("--admin-key", metavar="F", help="where the first admin key goes: a file that is not there yet")
+    p.add_argument("--new-secret", metavar="F", help="make a secret instead, and print its line of the configuration")
+
+    p = _command(commands, "unlock", "cli_state", "unlock", "hand the state key to a verified service after a reboot")
+    p.add_argument("target", metavar="TARGET", help="https://NAME[:PORT]")
+    p.add_argument("--key", metavar="F", required=True, help="the file that `bootstrap` wrote")
+    _live(p)
+
     p = _command(commands, "proxy", "cli_proxy", "proxy", "a local verifying proxy for programs in any language")
     p.add_argument("--to", metavar="URL", required=True, help="https://NAME[:PORT]")
     _live(p)

@@ -89,7 +89,7 @@ async def _ask(engine: Engine, document: Document) -> int:
         raise Refused(INTERNAL) from None
     if type(count) is not int or count < 0:
         raise Refused(INTERNAL)
-    return int(count)
+    return count
 
 
 def _output(document: Document, context: int) -> int:
@@ -98,4 +98,4 @@ def _output(document: Document, context: int) -> int:
         given = document.get("max_tokens")
     if given is None:
         return context if "messages" in document else min(COMPLETION_TOKENS, context)
-    return max(0, min(given, context))
+    return max(0, min(int(given), context))

@@ -29,7 +29,7 @@ __all__ = ["STATE_LOCKED", "StateRoutes"]
 PREFIX: Final = "/v1/state"
 MAX_BODY: Final = 4096
 READ_SECONDS: Final = 10.0
-_SECRET: Final = re.compile(r"[\x21-\x7e]{22,256}")
+_SECRET: Final = re.compile(r"[A-Za-z0-9_-]{22,256}")
 _KEY: Final = re.compile(r"[0-9a-f]{64}")
 _CHECKPOINT: Final = re.compile(r"[0-9a-f]{112}")
 
@@ -64,7 +64,7 @@ class StateRoutes:
         body = await _body(x, {"secret"})
         if body is None:
             return
-        secret = _text(body, "secret", _SECRET, "the bootstrap secret: 22 to 256 printable characters")
+        secret = _text(body, "secret", _SECRET, "the bootstrap secret: 22 to 256 characters of base64url")
         try:
             born = await self._custody.bootstrap(secret.encode("ascii"))
         except VouchsafeError as err:

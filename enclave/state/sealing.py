@@ -31,7 +31,8 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCMSIV
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from enclave.state.base import MAX_SEQ, StateError
+from attestation.operator_state import CHECKPOINT_SIZE, Checkpoint
+from enclave.state.base import StateError
 
 __all__ = ["CHECKPOINT_SIZE", "FORMAT", "KEY_SIZE", "MAX_RECORD", "SIZES", "Checkpoint", "Header", "Sealer"]
 
@@ -39,7 +40,6 @@ FORMAT: Final = 1
 KEY_SIZE: Final = 32
 SIZES: Final = (512, 4096, 65536)
 MAX_RECORD: Final = SIZES[-1]
-CHECKPOINT_SIZE: Final = 56
 
 _MAGIC: Final = b"vouchsafe/state\x00"
 _HEADER: Final = struct.Struct(">16sH16sQ")
@@ -53,34 +53,6 @@ _HEAD_TAG: Final = b"vouchsafe/state-head/v1\x00"
 _AAD_TAG: Final = b"vouchsafe/state-record/v1\x00"
 _HEADER_INFO: Final = b"vouchsafe/state-header-key/v1"
 _RECORD_INFO: Final = b"vouchsafe/state-record-key/v1"
-
-
-@dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A point of one journal: its id, a row's number, the head there. Public: the host could compute the head.
-
-    Whoever kept one can tell, when the journal is opened again, that it is the same journal and at least as long. It
-    proves nothing about rows after it: a host that drops those is seen only by somebody with a later checkpoint.
-    """
-
-    state_id: bytes
-    seq: int
-    head: bytes
-
-    def __post_init__(self) -> None:
-        if len(self.state_id) != 16 or len(self.head) != 32 or not 0 <= self.seq <= MAX_SEQ:
-            raise ValueError("a checkpoint is 16 bytes, a sequence number and 32 bytes")
-
-    def encode(self) -> bytes:
-        """56 bytes: state_id ‖ u64be(seq) ‖ head."""
-        return self.state_id + self.seq.to_bytes(8, "big") + self.head
-
-    @classmethod
-    def decode(cls, raw: bytes) -> Checkpoint:
-        """Inverse of `encode`. ValueError for anything else."""
-        if len(raw) != CHECKPOINT_SIZE:
-            raise ValueError(f"a checkpoint has {CHECKPOINT_SIZE} bytes")
-        return cls(raw[:16], int.from_bytes(raw[16:24], "big"), raw[24:])
 
 
 @dataclass(frozen=True, slots=True)
