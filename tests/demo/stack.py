@@ -19,6 +19,7 @@ from pathlib import Path
 
 from attestation.client.openai import attested_client
 from attestation.client.session import read_policy
+from attestation.operator_state import Checkpoint, KeyFile
 from tests.demo.processes import PYTHON, ROOT, Failed, Process
 from tests.demo.provision import Provisioned, provision
 from tests.demo.tenant import Tenant, set_up
@@ -47,13 +48,15 @@ class Stack:
         return f"https://{NAME}:{self.relay_port}"
 
     def write_client_env(self) -> Path:
-        """A file of shell exports that the programs under docs/examples read; the API key is in it."""
+        """A file of shell exports that the programs under docs/ read; the keys are in it."""
         values = {
             "VOUCHSAFE_TARGET": self.target,
             "VOUCHSAFE_CONNECT": f"127.0.0.1:{self.relay_port}",
             "VOUCHSAFE_POLICY": str(self.provisioned.policy),
             "VOUCHSAFE_API_KEY": self.tenant.api_key,
             "VOUCHSAFE_MODEL": self.model_id,
+            "VOUCHSAFE_ADMIN_KEY": self.tenant.admin_key,
+            "VOUCHSAFE_STATE_KEY": str(self.provisioned.directory / "state.key"),
         }
         path = self.provisioned.directory / "client.env"
         path.touch(mode=0o600)
@@ -135,7 +138,9 @@ def running(
         with attested_client(target, policy=policy, connect=("127.0.0.1", port)) as http:
             tenant = set_up(http, target, made.secret)
         enclave.wait_for("enclave: ready", seconds=20, hint=hint)
-        for name, value in (("api-key", tenant.api_key), ("admin-key", tenant.admin_key)):
+        kept = KeyFile(target, bytes.fromhex(tenant.state_key), Checkpoint.decode(bytes.fromhex(tenant.checkpoint)))
+        files = {"api-key": tenant.api_key, "admin-key": tenant.admin_key, "state.key": kept.encode().decode()}
+        for name, value in files.items():
             path = made.directory / name
             path.touch(mode=0o600)
             path.write_text(value)

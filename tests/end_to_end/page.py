@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from tests.demo.processes import ROOT
 
@@ -11,14 +12,14 @@ EXAMPLES = ROOT / "docs/examples"
 _BLOCK = re.compile(r"^<!-- (?P<mark>[a-z][a-z ]*) -->\n```[a-z]+\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def blocks(mark: str) -> list[str]:
+def blocks(mark: str, page: Path = PAGE) -> list[str]:
     """The fenced blocks under `<!-- mark -->`."""
-    return [found["body"] for found in _BLOCK.finditer(PAGE.read_text(encoding="utf-8")) if found["mark"] == mark]
+    return [found["body"] for found in _BLOCK.finditer(page.read_text(encoding="utf-8")) if found["mark"] == mark]
 
 
-def commands(mark: str) -> list[str]:
+def commands(mark: str, page: Path = PAGE) -> list[str]:
     """Every command of the blocks under `<!-- mark -->`, lines that end in a backslash joined."""
-    lines = "\n".join(blocks(mark)).replace("\\\n", " ").splitlines()
+    lines = "\n".join(blocks(mark, page)).replace("\\\n", " ").splitlines()
     return [" ".join(line.split()) for line in lines if line.strip() and not line.startswith("#")]
 
 
