@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 
-from tests.bench import gpu, handshake, process, proxy, tdx
+from tests.bench import gateway, gpu, handshake, process, proxy, tdx
 from tests.bench.rows import Row, table
 from tests.devtee.running import REPOSITORY
 
@@ -27,7 +27,7 @@ def main() -> int:
     load = os.getloadavg()[0]
     print(f"bench: {os.cpu_count()} CPUs, load {load:.1f}, Python {platform.python_version()}", flush=True)
     rows: list[Row] = []
-    for part in (tdx, gpu, process, handshake, proxy):
+    for part in (tdx, gpu, process, handshake, proxy, gateway):
         rows += part.rows(max(options.rounds, 1))
     file = REPOSITORY / "build" / "bench.json"
     file.parent.mkdir(exist_ok=True)

@@ -83,7 +83,8 @@ def test_sdk_streams_and_whole_answer_is_the_same_text(sdk: openai.OpenAI, model
     said = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert said == whole.choices[0].message.content
     assert chunks[-1].choices == []
-    assert chunks[-1].usage == whole.usage
+    counted = [(u.prompt_tokens, u.completion_tokens) for u in (chunks[-1].usage, whole.usage) if u is not None]
+    assert len(counted) == 2 and counted[0] == counted[1]  # what of it came from the cache may differ
 
 
 async def test_async_sdk_streams(live_engine: LiveEngine, model: str) -> None:
