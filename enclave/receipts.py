@@ -11,7 +11,7 @@ import asyncio
 import secrets
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -23,6 +23,10 @@ MAX_COUNT: Final = 16384
 MAX_BYTES: Final = 64 << 20
 MAX_PUBLIC: Final = 256
 KEEP_SECONDS: Final = 20 * 60
+
+
+Durable = Callable[[], Awaitable[None]]
+"""Returns when a receipt's entry in the ledger cannot be lost any more; raises when it could not be kept."""
 
 
 class Signer(Protocol):
@@ -73,7 +77,7 @@ def issue(
         event_log=event_log,
         key_id=identity.receipt_signer.key_id,
     )
-    return receipt.seal(document, identity.receipt_signer.sign(receipt.signing_input(document)))
+    return receipt.sealed(document, identity.receipt_signer.sign)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class _Entry:
     owner: str | None
     chat_id: str | None
     expires: float
-    durable: asyncio.Future[None] | None
+    durable: Durable | None
 
 
 class ReceiptStore:
@@ -109,7 +113,7 @@ class ReceiptStore:
 
     def add(
         self, receipt_id: str, raw: bytes, *, owner: str | None, chat_id: str | None = None,
-        durable: asyncio.Future[None] | None = None,
+        durable: Durable | None = None,
     ) -> None:  # fmt: skip
         """Keep *raw* for the API key with the id *owner*, for anybody who knows the receipt's id when it is None; from
         when *durable* is done, at once without."""
@@ -127,8 +131,9 @@ class ReceiptStore:
             if entry is None or entry.owner not in (None, owner):
                 continue
             if entry.durable is not None:
-                await asyncio.wait({entry.durable})
-                if entry.durable.cancelled() or entry.durable.exception() is not None:
+                try:
+                    await entry.durable()
+                except Exception:  # its entry is lost, so it says what is not so
                     return None
             return entry.raw
         return None

@@ -8,7 +8,7 @@ state that was true, in which every budget held; concurrency and crashes add not
 What is durable when:
 
 * An **entry** is durable when `settle` returns. Before that it counts against budgets and shows in sums, but nobody
-  may be given its receipt.
+  may be given its receipt. Entries that nobody waits for are written together, a few hundredths of a second later.
 * A **reservation** is not waited for: a write in front of every request would cost milliseconds and bring nothing, for
   after a crash a request without a durable figure is charged 0 with or without a record of it. Reservations bound what
   the living may spend, and a crash ends them all.
@@ -90,7 +90,8 @@ class Reservation:
         self._usage = usage
 
     def finish(self, outcome: Outcome, usage: Usage | None = None, receipt: MakeReceipt | None = None) -> Entry:
-        """`settle` without waiting: `durable` is done when the entry is. Until then nobody may be given its receipt."""
+        """`settle` without waiting: `wait` returns when the entry is durable. Until then nobody may be given its
+        receipt."""
         if self.entry is None:  # exactly once: whoever comes second gets what the first made
             self._ledger._finish(self, outcome, usage, receipt)
         assert self.entry is not None
@@ -103,9 +104,16 @@ class Reservation:
         Cancelling the caller does not undo it. Raises `LedgerError`: what is durable then, the next opening tells.
         """
         entry = self.finish(outcome, usage, receipt)
-        assert self.durable is not None
-        await asyncio.shield(self.durable)
+        await self.wait()
         return entry
+
+    async def wait(self) -> None:
+        """Until the entry is durable; it is written now, if it has been waiting for others. Raises `LedgerError`."""
+        if self.durable is not None and not self.durable.done():
+            self._ledger._hurry()
+            await asyncio.shield(self.durable)
+        elif self.durable is not None:
+            self.durable.result()
 
 
 class Ledger:
@@ -187,6 +195,7 @@ class Ledger:
                 record: Record = replace(r.held, usage=usage) if first else Progress(r.held.request_id, usage)
                 last, r.told = writer.put(encode_record(record)), usage
         if last is not None:
+            writer.hurry()
             await asyncio.shield(last)
 
     async def run(self, lag: float = LAG_SECONDS) -> None:
@@ -244,6 +253,10 @@ class Ledger:
 
     def _head(self, project: str) -> tuple[int, bytes]:
         return self._heads.get(project) or (0, genesis(project))
+
+    def _hurry(self) -> None:
+        if self._writer is not None:
+            self._writer.hurry()
 
     def _checked_writer(self) -> Writer:
         if self._writer is None or self._closed:
@@ -317,6 +330,7 @@ class Ledger:
             made.append(entry)
         self._left.clear()
         self.recovered = tuple(made)
+        writer.hurry()
         for done in waiting:
             await asyncio.shield(done)
         self._writer = writer

@@ -19,6 +19,8 @@ Append = Callable[[Sequence[bytes]], Awaitable[object]]
 """Stores records behind all earlier ones; durable when it returns. One call at a time is made."""
 
 MAX_BATCH: Final = 512
+LINGER_SECONDS: Final = 0.025
+"""How long a record may wait for others when nobody waits for it: a write costs more than all that it writes."""
 
 
 class Writer:
@@ -28,6 +30,8 @@ class Writer:
         self._append = append
         self._queue: deque[tuple[bytes, asyncio.Future[None]]] = deque()
         self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._again = False
         self._failed: str | None = None
 
     def check(self) -> None:
@@ -36,28 +40,47 @@ class Writer:
             raise _failure(self._failed)
 
     def put(self, record: bytes) -> asyncio.Future[None]:
-        """Queue *record*; done when it is durable. Await it shielded. Raises `LedgerError`."""
+        """Queue *record*; done when it is durable. Await it shielded, after `hurry`. Raises `LedgerError`."""
         self.check()
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
         self._queue.append((record, done))
-        if self._task is None or self._task.done():
-            self._task = asyncio.get_running_loop().create_task(self._write(), name="ledger writer")
+        if len(self._queue) >= MAX_BATCH:
+            self.hurry()
+        elif self._timer is None:
+            self._timer = loop.call_later(LINGER_SECONDS, self.hurry)
         return done
+
+    def hurry(self) -> None:
+        """Write what is queued now; what a write is under way with, then the rest."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._task is not None and not self._task.done():
+            self._again = True
+        elif self._queue:
+            self._task = asyncio.get_running_loop().create_task(self._write(), name="ledger writer")
 
     async def idle(self) -> None:
         """Return when all that was put is durable, or has failed."""
-        if self._task is not None:
+        self.hurry()
+        while self._task is not None and not self._task.done():
             await asyncio.shield(asyncio.wait([self._task]))
+            self.hurry()
 
     async def _write(self) -> None:
         batch: list[tuple[bytes, asyncio.Future[None]]] = []
         try:
-            while self._queue:
+            self._again = True
+            while self._queue and self._again:
+                self._again = len(self._queue) > MAX_BATCH
                 batch = [self._queue.popleft() for _ in range(min(MAX_BATCH, len(self._queue)))]
                 await self._append([record for record, _ in batch])
                 for _, done in batch:
                     if not done.done():
                         done.set_result(None)
+            if self._queue and self._timer is None:
+                self._timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.hurry)
         except Exception as err:
             self._fail(getattr(err, "code", type(err).__name__), batch)
         except asyncio.CancelledError:

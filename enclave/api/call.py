@@ -43,14 +43,15 @@ Headers = list[tuple[bytes, bytes]]
 
 
 class Call:
-    """See the module. *dialect* None: the caller gets what the engine says."""
+    """See the module. *dead* is done when the engine has failed for good; *dialect* None: the caller gets what the
+    engine says."""
 
     def __init__(
-        self, x: Exchange, record: Record, job: Job, tenancy: Tenancy, engine: Engine, dialect: Dialect | None,
-        answer_id: str,
+        self, x: Exchange, record: Record, job: Job, tenancy: Tenancy, engine: Engine, dead: asyncio.Future[str],
+        dialect: Dialect | None, answer_id: str,
     ) -> None:  # fmt: skip
         self._x, self._record, self._job, self._tenancy, self._engine = x, record, job, tenancy, engine
-        self._dialect, self._answer_id = dialect, answer_id
+        self._dead, self._dialect, self._answer_id = dead, dialect, answer_id
         self._given = False
         self._gone = asyncio.Event()
         self._revoked = False
@@ -81,9 +82,8 @@ class Call:
                     await slot.__aexit__(None, None, None)
             await self._end(fault)
         finally:
-            watch.cancel()
+            watch.cancel()  # it ends by itself: nothing waits for that
             organization.unwatch(caller, revoked)
-            await asyncio.gather(watch, return_exceptions=True)
 
     @property
     def _stopped(self) -> bool:
@@ -119,15 +119,14 @@ class Call:
         self._record.forwarded(a)
         scope = inner_scope(path, a.body, _SSE if a.stream else b"application/json")
         call = asyncio.ensure_future(self._engine.app(scope, self._receive, self._send))
-        dead = asyncio.ensure_future(self._engine.wait_failed())
-        waiting: set[asyncio.Future[Any]] = {call, watch, dead, revoked}
+        waiting: set[asyncio.Future[Any]] = {call, watch, self._dead, revoked}
         try:
             while True:
                 steps = self._steps
                 done, _ = await asyncio.wait(waiting, timeout=IDLE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
                 if call in done:
                     return self._fault(call)
-                if dead in done:
+                if self._dead in done:
                     return errors.UNAVAILABLE
                 if watch in done or revoked in done:
                     self._revoked = revoked in done
@@ -138,9 +137,9 @@ class Call:
                 if not done and steps == self._steps:
                     return errors.UNAVAILABLE
         finally:
-            for task in (call, dead):
-                task.cancel()
-            await asyncio.gather(call, dead, return_exceptions=True)
+            if not call.done():
+                call.cancel()
+                await asyncio.gather(call, return_exceptions=True)
 
     def _fault(self, call: asyncio.Future[None]) -> Refusal | None:
         """What ended the engine's call, None when it ended by itself."""

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import secrets
@@ -63,6 +64,7 @@ class Inference:
         self._receipts, self._ready, self._limited = receipts, ready, limited
         self._salt_key = secrets.token_bytes(32)
         self._running = 0
+        self._failing: dict[str, asyncio.Future[str]] = {}
 
     async def serve(self, x: Exchange, surface: Surface) -> None:
         x.error_body = surface.error_body
@@ -92,7 +94,7 @@ class Inference:
         self._running += 1
         try:
             with job.ticket:
-                await Call(x, record, job, tenancy, engine, dialect, answer_id).run(
+                await Call(x, record, job, tenancy, engine, self._dead(engine), dialect, answer_id).run(
                     surface.route.path, tenancy.queues[admitted.model]
                 )
         finally:
@@ -122,6 +124,13 @@ class Inference:
         )  # fmt: skip
         x.stream = admitted.stream
         return admitted, dialect
+
+    def _dead(self, engine: Engine) -> asyncio.Future[str]:
+        """Done when *engine* has failed for good: one wait for all its requests."""
+        found = self._failing.get(engine.model_id)
+        if found is None:
+            found = self._failing[engine.model_id] = asyncio.ensure_future(engine.wait_failed())
+        return found
 
     def _engine(self, model: str, surface: Surface) -> Engine:
         """The model's own engine, and no other, whatever state it is in."""

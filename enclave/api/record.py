@@ -7,7 +7,6 @@ reserved anything has a receipt and no entry.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -21,7 +20,7 @@ from enclave.api.errors import Refusal
 from enclave.api.exchange import Exchange
 from enclave.api.meter import Meter
 from enclave.api.requests import Admitted
-from enclave.receipts import ReceiptStore, issue
+from enclave.receipts import Durable, ReceiptStore, issue
 from enclave.stream import OutStream
 from enclave.tenancy import Tenancy
 
@@ -93,12 +92,12 @@ class Record:
         entry = job.reservation.finish(outcome, job.meter.usage(), sign)
         job.ticket.settle(entry.usage.input_tokens + entry.usage.output_tokens)
         self._x.usage = entry.usage
-        return self._keep(made[0], chat_id, job.reservation.durable)
+        return self._keep(made[0], chat_id, job.reservation.wait)
 
     async def durable(self) -> None:
         """Until the entry cannot be lost any more. Raises `LedgerError`."""
-        if self._job is not None and self._job.reservation.durable is not None:
-            await asyncio.shield(self._job.reservation.durable)
+        if self._job is not None:
+            await self._job.reservation.wait()
 
     def _told(self, job: Job, entry: Entry) -> list[dict[str, Any]]:  # Any: JSON values
         """`x.usage.metered` and `x.execution`: what was used and charged, and what answered."""
@@ -142,7 +141,7 @@ class Record:
             event_log=events,
         )
 
-    def _keep(self, raw: bytes, chat_id: str | None, durable: asyncio.Future[None] | None) -> bytes:
+    def _keep(self, raw: bytes, chat_id: str | None, durable: Durable | None) -> bytes:
         owner = None if self._caller is None else self._caller.key.id
         self._store.add(self._x.receipt_id or "", raw, owner=owner, chat_id=chat_id, durable=durable)
         return raw

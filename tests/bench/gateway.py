@@ -38,6 +38,8 @@ MOUNTED_RATE, PROCESS_RATE = 0.9, 0.85
 EVENTS, STREAMS, TOKENS = 4000, 16, 96
 REQUESTS = 100_000
 GROWTH_MB = 8.0
+WORDS = " ".join(f"w{n}" for n in range(EVENTS))
+"""Each its own: LiteLLM ends a stream that says the same again and again."""
 CHAT = "/v1/chat/completions"
 BARE = "bare vLLM on a unix socket"
 LITELLM = ROOT / ".venv-litellm/bin/litellm"
@@ -156,7 +158,7 @@ def _ask(http: httpx2.Client) -> None:
 
 
 def _stream(http: httpx2.Client) -> None:
-    with http.stream("POST", CHAT, json={**_question(" ".join(["word"] * EVENTS)), "stream": True}) as answer:
+    with http.stream("POST", CHAT, json={**_question(WORDS), "stream": True}) as answer:
         assert answer.status_code == 200, answer.status_code
         seen = sum(chunk.count(b"data: ") for chunk in answer.iter_raw())
     assert seen >= EVENTS * 0.9, f"{seen} events"

@@ -213,9 +213,8 @@ async def test_storage_that_fails_while_serving_is_told_and_charges_nothing_unsa
         budgets=Budgets(),
     )  # fmt: skip
     held.finish("completed")
-    assert held.durable is not None
     with pytest.raises(VouchsafeError):
-        await held.durable
+        await held.wait()
     async with asyncio.timeout(10):
         assert (await failing).startswith(("LEDGER_", "STATE_"))
     await machine.stop()

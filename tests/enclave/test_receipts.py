@@ -86,8 +86,15 @@ async def test_same_chat_id_twice_means_the_later_one() -> None:
 async def test_receipt_is_given_out_when_its_entry_is_durable_and_never_when_it_cannot_be() -> None:
     store, loop = ReceiptStore(), asyncio.get_running_loop()
     durable, lost = loop.create_future(), loop.create_future()
-    store.add("a", b"1", owner=MINE, durable=durable)
-    store.add("b", b"2", owner=MINE, durable=lost)
+
+    async def kept() -> None:
+        await durable
+
+    async def gone() -> None:
+        await lost
+
+    store.add("a", b"1", owner=MINE, durable=kept)
+    store.add("b", b"2", owner=MINE, durable=gone)
     asked = asyncio.create_task(store.get("a", MINE))
     await asyncio.sleep(0.01)
     assert not asked.done()

@@ -44,7 +44,7 @@ class Book(ReceiptStore):
 
     def __init__(self) -> None:
         super().__init__()
-        self.made: list[tuple[bytes, asyncio.Future[None] | None]] = []
+        self.made: list[tuple[bytes, Any]] = []  # Any: a reservation's `wait`
 
     def add(self, receipt_id: str, raw: bytes, **how: Any) -> None:
         self.made.append((raw, how.get("durable")))
@@ -122,7 +122,8 @@ class World:
 
     def _collect(self) -> None:
         """Receipts that could have been given to somebody: those whose entry is durable."""
-        for raw, durable in self.book.made:
+        for raw, wait in self.book.made:
+            durable = None if wait is None else wait.__self__.durable
             if durable is not None and durable.done() and not durable.cancelled() and durable.exception() is None:
                 self.truth.receipts.append(raw)
         self.book.made.clear()
