@@ -3,7 +3,8 @@
   (1) the call waits for a slot of its engine, which keys take in turns
   (2) the engine's app is called with three headers of ours and the rewritten body; it learns of a hang-up at once
   (3) its answer goes out: whole, or event by event through `OutStream`
-  (4) entry and receipt are made over exactly what was received, forwarded and emitted, before the last byte leaves
+  (4) entry and receipt are made over exactly what was received, forwarded and emitted: before the last event of a
+      stream leaves, and with the last byte of a whole answer
 
 A stream that can not end well ends with an error event and a cut connection; its receipt says why (`upstream_error`,
 `key_revoked`, or `client_disconnected` when the caller hung up) and covers, as the bill does, what was emitted until
@@ -257,8 +258,12 @@ class Call:
             return
         named = chat_id if isinstance(chat_id, str) and 0 < len(chat_id) <= 128 else None
         self._x.outcome = "completed"
-        self._record.settle("completed", hashlib.sha256(body).digest(), chat_id=named)
-        await self._x.answer(200, body, extra=self._limits())
+        usage = self._job.meter.usage()
+        self._job.ticket.settle(usage.input_tokens + usage.output_tokens)  # what remains is told in the head
+        try:
+            await self._x.answer(200, body, extra=self._limits())
+        finally:  # in the same step of the loop: whoever has the answer can ask for its receipt
+            self._record.settle("completed", hashlib.sha256(body).digest(), chat_id=named)
 
     async def _end_stream(self, fault: Refusal | None) -> None:
         """A stream without its end. Before the first byte it is an ordinary error; after it an error event, and then

@@ -171,12 +171,14 @@ async def test_fault_of_ours_tells_nothing(engine: EchoEngine) -> None:
             raise RuntimeError("CANARY")
 
     app = await gateway(engine, receipts=Broken())
-    reply = await Caller(app).chat()
+    reply = await Caller(app).chat(model="nobody")
     assert (reply.status, reply.error["code"]) == (500, "server_error")
     assert b"CANARY" not in reply.body
     streamed = await Caller(app).chat(stream=True)
     assert not streamed.complete
     assert b"[DONE]" not in streamed.body
+    whole = await Caller(app).chat()  # it has left when its receipt turns out to be impossible: a client refuses it
+    assert (await Caller(app).get("/v1/aci/receipts/" + whole.headers["x-receipt-id"])).status == 404
 
 
 # --- receipts of refusals ---------------------------------------------------------------------------------------------
