@@ -156,6 +156,7 @@ class AttestedProtocol(asyncio.Protocol):
         self.raw: asyncio.Transport | None = None
         self.established = False
         self.closing = False
+        self._corked, self._held = False, b""
         self.reading = True
         self._timer: asyncio.TimerHandle | None = None
         self._receiving = "nothing"
@@ -295,9 +296,14 @@ class AttestedProtocol(asyncio.Protocol):
         self._timer = self.loop.call_later(self.limits.watch_s, self._watch)
 
     def send(self, data: bytes) -> None:
-        """Encrypt *data* in records of at most `RECORD` bytes and write them."""
-        if self.closing or not data:
+        """Encrypt *data* in records of at most `RECORD` bytes and write them; a head waits for what follows it."""
+        if self.closing:
             return
+        if self._corked:
+            self._held += data
+            return
+        if self._held:
+            data, self._held = self._held + data, b""
         view = memoryview(data)
         try:
             for start in range(0, len(view), RECORD):
@@ -305,6 +311,11 @@ class AttestedProtocol(asyncio.Protocol):
                 self._flush()
         except SSL.Error:
             self.abort()
+
+    def _uncork(self) -> None:
+        self._corked = False
+        if self._held:
+            self.send(b"")
 
     def _flush(self) -> None:
         assert self.raw is not None
@@ -320,6 +331,7 @@ class AttestedProtocol(asyncio.Protocol):
         """Send `close_notify`, then close once everything written has left."""
         if self.closing:
             return
+        self._uncork()
         with contextlib.suppress(SSL.Error):  # the peer was faster, or the session is broken: close all the same
             self.tls.shutdown()
         self._flush()
@@ -366,11 +378,15 @@ class AttestedProtocol(asyncio.Protocol):
         async def watched(message: Any) -> None:  # Any: ASGI
             nonlocal started
             started = started or message["type"] == "http.response.start"
+            # Head and first bytes of an answer leave in one record: one write less here, one read less there.
+            self._corked = message["type"] == "http.response.start"
             if self.closing:
                 # uvicorn drops it without waiting: an application that does not look for the disconnect would
                 # otherwise never give the loop back.
                 await asyncio.sleep(0)
             await send(message)
+            if not self._corked:
+                self._uncork()  # a body without bytes
 
         try:
             await self.http.config.loaded_app(scope, receive, watched)
