@@ -52,12 +52,14 @@ format: setup ## let ruff put the code in shape
 	.venv/bin/ruff format .
 	.venv/bin/ruff check --fix .
 
-interop: setup ## certificate, quote, GPU evidence and receipts read by implementations from elsewhere, in environments of their own
+interop: setup ## our formats read by implementations from elsewhere, the gateway under suites from elsewhere, in environments of their own
 	sh tests/interop/setup_nvidia.sh
 	sh tests/interop/setup_peers.sh
+	sh tests/interop/setup_suites.sh
 	$(PY) -m pytest -q tests/interop
 
 bench: setup ## ratios against peers in one run, build/bench.json
+	sh tests/bench/setup_litellm.sh
 	$(PY) -m tests.bench
 
 fuzz: setup ## every byte of real evidence changed once, then coverage-guided fuzzing of every parser (SECONDS=60 each)
@@ -69,4 +71,4 @@ lock: setup ## refresh the locks from their .in files, showing what changed
 	$(PY) images/locks/lock.py images/locks/clients-py311.in
 
 clean: ## what the targets made, .venv included
-	rm -rf .venv .venv-nvidia .venv-peers .venv-clients build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-nvidia .venv-peers .venv-clients .venv-suites .venv-litellm build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -90,11 +90,13 @@ def provision(
     lifetime: int = 3600,
     max_model_len: int = 2048,
     more: Sequence[str] = (),
+    embedders: Sequence[str] = (),
 ) -> Provisioned:
     """Make all of it in *directory*. *devtee* is the state directory of a development TEE that has started.
 
     listen   `unix:PATH` or `tcp:HOST:PORT`, as the enclave's configuration takes it;  gpus   0 for a machine without
     more     ids under which the same model is served again, each by a process of its own
+    embedders   the same, as models that embed
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     statements = directory / "statements"
@@ -103,7 +105,7 @@ def provision(
     tee = DevTee.load(devtee)
     builder, operator = _key(directory / "builder.pem"), _key(directory / "operator.pem")
     weights = file_list_digest(model_dir)
-    release_raw = _release(devtee, tee, builder, (model_id, *more), weights)
+    release_raw = _release(devtee, tee, builder, (model_id, *more, *embedders), weights)
     (statements / "release.json").write_bytes(release_raw)
 
     appraisal, policy, config = (directory / name for name in ("appraisal.toml", "policy.toml", "enclave.toml"))
@@ -115,7 +117,7 @@ def provision(
     config.write_text(
         _config(
             directory, devtee, appraisal, listen, dns_name, secret, model_dir.resolve(), golden, model_id, weights,
-            gpus, lifetime, max_model_len, more,
+            gpus, lifetime, max_model_len, more, embedders,
         ),
         encoding="utf-8",
     )  # fmt: skip
@@ -207,6 +209,7 @@ fresh-gpu = false
 def _config(
     directory: Path, devtee: Path, appraisal: Path, listen: str, dns_name: str, secret: str, model_dir: Path,
     golden: Path | None, model_id: str, weights: str, gpus: int, lifetime: int, max_model_len: int, more: Sequence[str],
+    embedders: Sequence[str],
 ) -> str:  # fmt: skip
     further = [
         f"""
@@ -216,11 +219,12 @@ path = {json.dumps(str(model_dir))}
 weights = "{weights}"
 profile = "cpu"
 placement = "process"
-task = "generate"
+task = "{task}"
 memory-percent = 10
 max-model-len = {max_model_len}
 """
-        for id in more
+        for ids, task in ((more, "generate"), (embedders, "embed"))
+        for id in ids
     ]
     golden_line = f"golden = {json.dumps(str(golden.resolve()))}\n" if golden is not None else ""
     return f"""version = 1
@@ -257,7 +261,7 @@ url = "sqlite:state/state.db"
 [prices]
 currency = "USD"
 unit = "nano-usd-per-million-tokens"
-{"".join(_price(id) for id in (model_id, *more))}
+{"".join(_price(id) for id in (model_id, *more, *embedders))}
 [[models]]
 id = {json.dumps(model_id)}
 path = {json.dumps(str(model_dir))}
