@@ -89,8 +89,8 @@ def translate(document: Json, *, id: str, created: int) -> tuple[Json, Dialect]:
         if type(document["top_k"]) is not int or document["top_k"] < 1:
             _wrong("top_k", "an integer of at least 1")
         chat["top_k"] = document["top_k"]
-    if document.get("stop_sequences"):
-        chat["stop"] = _texts("stop_sequences", document["stop_sequences"])
+    if document.get("stop_sequences") is not None and (stop := _texts("stop_sequences", document["stop_sequences"])):
+        chat["stop"] = stop
     if not isinstance(document.get("stream"), bool | None):
         _wrong("stream", "a boolean")
     if document.get("stream"):
@@ -120,8 +120,8 @@ def _chat(document: Json) -> Json:
     for number, message in enumerate(given):
         messages += _message(f"messages[{number}]", message)
     chat: Json = {"model": model, "messages": messages}
-    if document.get("tools"):
-        chat["tools"] = _tools(document["tools"])
+    if document.get("tools") is not None and (tools := _tools(document["tools"])):
+        chat["tools"] = tools
     _tool_choice(document.get("tool_choice"), chat)
     return chat
 

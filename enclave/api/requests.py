@@ -74,6 +74,32 @@ class Route:
     check: Callable[[Mapping[str, Any]], None] = lambda document: None  # Any: JSON values
 
 
+def _check_chat(document: Mapping[str, Any]) -> None:  # Any: JSON values
+    messages = document.get("messages")
+    if messages is None:
+        raise Refused(Refusal(400, "You must provide messages.", code="missing_required_parameter", param="messages"))
+    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
+        _wrong("messages", "an array of messages, not empty")
+
+
+def _check_prompt(document: Mapping[str, Any]) -> None:  # Any: JSON values
+    """A text, a list of tokens, or a list of either."""
+    prompt = document.get("prompt")
+    if prompt is None:
+        raise Refused(Refusal(400, "You must provide a prompt.", code="missing_required_parameter", param="prompt"))
+    each = prompt if isinstance(prompt, list) else [prompt]
+    if not (each and (_are_prompts(each) or _are_tokens(each))):
+        _wrong("prompt", "a string, an array of tokens, or an array of either")
+
+
+def _are_prompts(each: list[Any]) -> bool:  # Any: JSON values
+    return all(isinstance(one, str) or (isinstance(one, list) and _are_tokens(one)) for one in each)
+
+
+def _are_tokens(each: list[Any]) -> bool:  # Any: JSON values
+    return bool(each) and all(type(token) is int and 0 <= token < 2**31 for token in each)
+
+
 CHAT: Final = Route(
     "/v1/chat/completions",
     _SAMPLING
@@ -86,8 +112,9 @@ CHAT: Final = Route(
         "parallel_tool_calls",
         "reasoning_effort",
     },
+    check=_check_chat,
 )
-COMPLETIONS: Final = Route("/v1/completions", _SAMPLING | {"prompt", "suffix", "echo"})
+COMPLETIONS: Final = Route("/v1/completions", _SAMPLING | {"prompt", "suffix", "echo"}, check=_check_prompt)
 
 _REFUSED: Final[Mapping[str, str]] = {
     "store": "Nothing is stored here.",

@@ -105,8 +105,8 @@ def _chat(given: Json) -> Json:
         messages.append({"role": "system", "content": _text("instructions", given["instructions"])})
     messages += _input(given.get("input"))
     chat: Json = {"model": model, "messages": messages}
-    if given.get("tools"):
-        chat["tools"] = _tools(given["tools"])
+    if tools := _tools(given.get("tools", [])):
+        chat["tools"] = tools
     if "tool_choice" in given:
         chat["tool_choice"] = _tool_choice(given["tool_choice"])
     if "parallel_tool_calls" in given:

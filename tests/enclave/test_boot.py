@@ -106,6 +106,9 @@ def _client_accepts(path: Path, made: Provisioned, tenant: Tenant) -> None:
             assert refused.codes == ("CHANNEL_REPORT_DATA",)
         assert len(client.exporter(nonce)) == EXPORTER_SIZE
         assert client.get("/health/ready") == (200, b'{"status":"ready","models":{"parrot":"ready"}}')
+        status, text = client.get("/metrics")
+        assert status == 200 and b'vouchsafe_engine_up{gen_ai_request_model="parrot"} 1.0' in text
+        assert b"vouchsafe_state_open 1.0" in text
         question = {"model": "parrot", "messages": [{"role": "user", "content": "say it"}]}
         headers = f"authorization: Bearer {tenant.api_key}\r\ncontent-type: application/json\r\n"
         status, text = client.get(

@@ -170,13 +170,13 @@ def test_guidellm_gets_its_answers(plain: Plain, tmp_path: Path) -> None:
     program = os.environ.get("VOUCHSAFE_GUIDELLM")
     if not program:
         pytest.skip("VOUCHSAFE_GUIDELLM names no guidellm: it drags in PyTorch, so nothing here installs it")
+    backend = f"kind=openai_http,target={plain.url},model={CHAT},api_key={plain.tenant.api_key}"
+    backend += ",validate_backend=false"  # its probe is GET /health, which is not OpenAI's
     prompts = tmp_path / "prompts.json"
     prompts.write_text(json.dumps([{"prompt": f"say it {n}"} for n in range(50)]))
     done = subprocess.run(
         [
-            program, "run", "--backend",
-            f"kind=openai_http,target={plain.url},model={CHAT},api_key={plain.tenant.api_key}", "--profile",
-            "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=50", "--data",
+            program, "run", "--backend", backend, "--profile", "kind=concurrent,streams=4", "--constraint", "kind=max_requests,count=50", "--data",
             f"kind=json_file,path={prompts}", "--disable-console-interactive", "--output", "kind=console",
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,

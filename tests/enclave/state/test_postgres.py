@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import hashlib
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,9 +17,14 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
+from enclave.access.budgets import Budgets
+from enclave.access.prices import Usage
+from enclave.custody import Custody
 from enclave.state import Journal, StateConflict, StateError, open_backend
 from enclave.state.location import parse_postgres
 from enclave.state.postgres import MIGRATIONS, PostgresBackend
+from enclave.tenancy import Slots
+from tests.enclave.api.serving import prices
 from tests.enclave.state.postgres_server import PASSWORD, USER, PostgresServer, binaries
 from tests.enclave.state.stored import KEY, NOW, Faulty
 
@@ -50,6 +56,30 @@ async def database(server: PostgresServer) -> str:
 @pytest.fixture
 async def url(server: PostgresServer, database: str) -> str:
     return server.url(database)
+
+
+async def test_service_keeps_its_state_here_and_finds_it_after_a_boot(url: str) -> None:
+    """The whole of it: bootstrap, an entry of the ledger, a boot, and a second enclave that is too many."""
+    table, slots = prices("parrot"), {"parrot": Slots(4, 100)}
+    boots = [Custody(url, hashlib.sha256(b"secret").digest(), table, slots, lambda: NOW) for _ in range(2)]
+    assert await boots[0].look() == "new"
+    born = await boots[0].bootstrap(b"secret")
+    tenancy = boots[0].tenancy
+    assert tenancy is not None
+    held = await tenancy.ledger.reserve(
+        "rcpt-1", project="proj_a", key_id="key_a", model="parrot", operation="completions", amount=10**9,
+        budgets=Budgets(),
+    )  # fmt: skip
+    await held.settle("completed", Usage(1000, 0, 1000, 0))
+    spent = tenancy.ledger.spend().spent
+    await boots[0].close()
+
+    assert await boots[1].look() == "locked"
+    await boots[1].unlock(born.state_key, born.checkpoint)
+    again = boots[1].tenancy
+    assert again is not None and again.ledger.spend().spent == spent > 0
+    assert again.organization.admin(born.admin_key.encode()) is not None
+    await boots[1].close()
 
 
 class Enclave:
