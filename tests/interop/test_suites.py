@@ -177,7 +177,8 @@ def test_guidellm_gets_its_answers(plain: Plain, tmp_path: Path) -> None:
     done = subprocess.run(
         [
             program, "run", "--backend", backend, "--profile", "kind=concurrent,streams=4", "--constraint",
-            "kind=max_requests,count=50", "--data", f"kind=json_file,path={prompts}", "--disable-console-interactive", "--output", "kind=console",
+            "kind=max_requests,count=50", "--data", f"kind=json_file,path={prompts}", "--disable-console-interactive",
+            "--output", "kind=console",
         ],
         cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
