@@ -55,7 +55,7 @@ class Call:
         self._dead, self._dialect, self._answer_id = dead, dialect, answer_id
         self._given = False
         self._gone = asyncio.Event()
-        self._revoked = False
+        self._entered = self._revoked = False
         self._status = 0
         self._sse = False
         self._parts: list[bytes] = []
@@ -75,11 +75,12 @@ class Call:
         revoked = organization.watch(caller)
         slot = queue.slot(caller.key.id)
         try:
-            fault = await self._turn(slot, queue, watch, revoked)
-            if fault is None and not self._stopped:
-                try:
+            try:
+                fault = await self._turn(slot, queue, watch, revoked)
+                if fault is None and not self._stopped:
                     fault = await self._drive(path, watch, revoked)
-                finally:
+            finally:
+                if self._entered:  # whoever hung up in the moment of its turn has had one
                     await slot.__aexit__(None, None, None)
             await self._end(fault)
         finally:
@@ -97,18 +98,19 @@ class Call:
         try:
             if queue.free:
                 await slot.__aenter__()
+                self._entered = True
                 return None
             entering = asyncio.ensure_future(slot.__aenter__())
             try:
                 await asyncio.wait({entering, watch, revoked}, return_when=asyncio.FIRST_COMPLETED)
+                self._revoked = revoked.done()
                 if entering.done():
                     entering.result()
-                    return None
-                self._revoked = revoked.done()
             finally:
                 if not entering.done():
                     entering.cancel()
                     await asyncio.gather(entering, return_exceptions=True)
+                self._entered = not entering.cancelled() and entering.exception() is None
         except Busy as busy:
             after = str(busy.retry_after_ms).encode("ascii")
             return replace(errors.BUSY, headers=((b"retry-after-ms", after),))

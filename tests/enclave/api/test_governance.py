@@ -254,6 +254,25 @@ async def test_hang_up_while_waiting_for_a_turn_costs_nothing_and_frees_the_plac
     assert tenancy.ledger.spend().reserved == 0
 
 
+async def test_hang_up_in_the_moment_of_its_turn_loses_no_turn(engine: EchoEngine) -> None:
+    tenancy = await tenancy_of(["parrot"], slots=1)
+    app = await gateway(engine, tenancy=tenancy)
+    engine.delay = 0.02
+    for _ in range(15):
+        first = asyncio.create_task(Caller(app).chat("x"))
+        await running(engine)
+        waiting = asyncio.create_task(Caller(app).chat("y"))
+        queue = tenancy.queues["parrot"]
+        while not queue.waiting and not waiting.done():  # noqa: ASYNC110 - it tells nobody
+            await asyncio.sleep(0)
+        while queue.waiting:  # noqa: ASYNC110 - until the very step in which it is handed over
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.gather(first, waiting, return_exceptions=True)
+        assert (queue.running, queue.waiting) == (0, 0)
+        engine.calls.clear()
+
+
 # --- money ------------------------------------------------------------------------------------------------------------
 
 

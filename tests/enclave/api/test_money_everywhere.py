@@ -184,6 +184,8 @@ class World:
 
     async def settled(self) -> None:
         await asyncio.sleep(0)
+        for queue in self.tenancy.queues.values():
+            assert (queue.running, queue.waiting) == (0, 0), "a turn was lost"
         await self.tenancy.ledger.close()
         self._collect()
 
