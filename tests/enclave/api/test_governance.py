@@ -10,7 +10,10 @@ import pytest
 
 from enclave.access.prices import CENT
 from enclave.access.records import ModelLimit, ModelPermissions
+from enclave.api import call
+from enclave.engine.base import Receive, Scope, Send
 from enclave.engine.echo import EchoEngine
+from enclave.receipts import ReceiptStore
 from enclave.tenancy import Tenancy
 from tests.enclave.api.client import CHAT, Caller, Reply, chat_body
 from tests.enclave.api.serving import events, gateway, prices, tenancy_of
@@ -257,20 +260,60 @@ async def test_hang_up_while_waiting_for_a_turn_costs_nothing_and_frees_the_plac
 async def test_hang_up_in_the_moment_of_its_turn_loses_no_turn(engine: EchoEngine) -> None:
     tenancy = await tenancy_of(["parrot"], slots=1)
     app = await gateway(engine, tenancy=tenancy)
+    queue = tenancy.queues["parrot"]
     engine.delay = 0.02
-    for _ in range(15):
+
+    async def leaving(scope: Scope, receive: Receive, send: Send) -> None:
+        asked = False
+
+        async def hang_up() -> Any:
+            nonlocal asked
+            if not asked:
+                asked = True
+                return await receive()
+            while not queue.waiting:  # noqa: ASYNC110 - the queue tells nobody
+                await asyncio.sleep(0)
+            while queue.waiting:  # noqa: ASYNC110 - until the very step in which it is handed over
+                await asyncio.sleep(0)
+            return {"type": "http.disconnect"}
+
+        await app(scope, hang_up, send)
+
+    for _ in range(5):
         first = asyncio.create_task(Caller(app).chat("x"))
         await running(engine)
-        waiting = asyncio.create_task(Caller(app).chat("y"))
-        queue = tenancy.queues["parrot"]
-        while not queue.waiting and not waiting.done():  # noqa: ASYNC110 - it tells nobody
-            await asyncio.sleep(0)
-        while queue.waiting:  # noqa: ASYNC110 - until the very step in which it is handed over
-            await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(first, waiting, return_exceptions=True)
+        await Caller(leaving).chat("y")
+        await first
         assert (queue.running, queue.waiting) == (0, 0)
-        engine.calls.clear()
+    assert tenancy.ledger.spend().reserved == 0
+
+
+async def test_hang_up_before_a_stream_that_is_over_at_once_is_settled_with_a_receipt(
+    engine: EchoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(call, "GRACE_SECONDS", 0.05)
+    tenancy, kept = await tenancy_of(["parrot"]), ReceiptStore()
+    app = await gateway(engine, tenancy=tenancy, receipts=kept)
+
+    async def stuck(scope: Scope, receive: Receive, send: Send) -> None:
+        begun = asyncio.Event()
+
+        async def hang_up() -> Any:
+            if begun.is_set() or scope.setdefault("asked", 0):
+                await begun.wait()
+                return {"type": "http.disconnect"}
+            scope["asked"] = 1
+            return await receive()
+
+        async def never(message: Any) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        await app(scope, hang_up, never)
+
+    async with asyncio.timeout(5):
+        await Caller(stuck).chat("one two", stream=True, max_tokens=0)
+    assert tenancy.ledger.spend().reserved == 0 and len(kept) == 1
 
 
 # --- money ------------------------------------------------------------------------------------------------------------
@@ -306,15 +349,15 @@ async def test_parallel_requests_never_exceed_a_budget(engine: EchoEngine) -> No
 
 
 async def test_nobody_is_refused_for_a_loose_bound(engine: EchoEngine) -> None:
-    """The whole context would cost 41 cents, the request 4: it fits into 5, though much more is asked for at once."""
+    """The whole context would cost 41 cents, the request 4: eleven fit into 45, whatever a bound says of them."""
     a_cent_a_hundred = CENT * 10_000
     table = prices("parrot", input=a_cent_a_hundred, cached=a_cent_a_hundred, output=a_cent_a_hundred)
     tenancy = await tenancy_of(["parrot"], table=table)
     caller = Caller(await gateway(engine, tenancy=tenancy))
-    await tenancy.organization.set_spend_limit("test", 5)
+    await tenancy.organization.set_spend_limit("test", 45)
     engine.delay = 0.02
-    replies = await asyncio.gather(*(caller.chat("hello world", max_tokens=100) for _ in range(4)))
-    assert [r.status for r in replies] == [200] * 4
+    replies = await asyncio.gather(*(caller.chat("hello world", max_tokens=400) for _ in range(11)))
+    assert [r.status for r in replies] == [200] * 11
 
 
 async def test_refusal_and_failure_cost_nothing(caller: Caller, tenancy: Tenancy, engine: EchoEngine) -> None:
