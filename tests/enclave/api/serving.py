@@ -6,14 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from enclave.metrics import Metrics
-
 from enclave.access.prices import UNIT, PriceTable
 from enclave.access.secrets import Made, Pepper
 from enclave.api.app import Gateway
 from enclave.api.record import Execution
 from enclave.custody import Custody
 from enclave.engine.base import ASGIApp, Engine
+from enclave.metrics import Metrics
 from enclave.receipts import ReceiptStore
 from enclave.state import StateConflict
 from enclave.tenancy import Slots, Tenancy
