@@ -46,7 +46,7 @@ def main(name: str) -> None:
         for bucket in organization.usage.costs(start_time=day, project_ids=[project.id]).data:
             for cost in bucket.results:
                 print("cost:", cost.to_dict(), file=sys.stderr)
-        for event in organization.audit_logs.list(limit=3):
+        for event in organization.audit_logs.list(limit=3).data:
             print("log:", event.type, file=sys.stderr)
         print(account.api_key.value)
 
