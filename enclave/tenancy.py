@@ -21,7 +21,7 @@ from typing import Final
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from enclave.access.budgets import Budgets
+from enclave.access.budgets import BudgetExceeded, Budgets
 from enclave.access.fair import FairQueue
 from enclave.access.ledger import Ledger
 from enclave.access.limits import Limiter, RateLimit
@@ -116,6 +116,15 @@ class Tenancy:
         limits = self.budgets(caller)
         pairs = ((None, limits.organization), (caller.project.id, limits.project))
         return all(cap is None or self.ledger.spend(scope).fits(amount * 1024, cap) for scope, cap in pairs)
+
+    def check_spend(self, caller: Caller) -> None:
+        """Raise `BudgetExceeded` when a limit stops everything that costs anything."""
+        limits = self.budgets(caller)
+        for scope, project, cap in (
+            ("organization", None, limits.organization), ("project", caller.project.id, limits.project),
+        ):  # fmt: skip
+            if cap is not None and self.ledger.spend(project).enforcing(cap):
+                raise BudgetExceeded(scope)
 
     async def close(self) -> None:
         """Settle what is open, write it, let go of the storage. Idempotent."""

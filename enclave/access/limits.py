@@ -253,10 +253,7 @@ class Limiter:
         now = self._now()
         self._sweep(now)
         where = (project_id, model)
-        state = self._states.get(where) or _State(self._exact)
-        state.advance(now)
-        if over := list(_over(state, key_id, tokens, limit, now)):
-            raise max(over, key=_longest)
+        state = self._fitting(where, key_id, tokens, limit, now)
         self._states[where] = state
         state.running += 1
         state.by_key[key_id] = state.by_key.get(key_id, 0) + 1
@@ -267,6 +264,18 @@ class Limiter:
             state.day.add(now, 1, tokens) if day else None,
         )
         return Ticket(self, where, key_id, tokens, booked)
+
+    def check(self, project_id: str, key_id: str, model: str, limit: RateLimit) -> None:
+        """Raise `LimitExceeded` when not even a request of one token fits; book nothing. For what must be done before
+        the tokens of a request are known, and should not be done for one that has no chance."""
+        self._fitting((project_id, model), key_id, 1, limit, self._now())
+
+    def _fitting(self, where: tuple[str, str], key_id: str, tokens: int, limit: RateLimit, now: int) -> _State:
+        state = self._states.get(where) or _State(self._exact)
+        state.advance(now)
+        if over := list(_over(state, key_id, tokens, limit, now)):
+            raise max(over, key=_longest)
+        return state
 
     def headers(self, project_id: str, model: str, limit: RateLimit) -> list[tuple[bytes, bytes]]:
         """`x-ratelimit-{limit,remaining,reset}-{requests,tokens}` from what the next `admit` would look at.

@@ -160,6 +160,10 @@ class Inference:
                 limit.max_tokens_per_1_minute is not None or limit.max_tokens_per_1_day is not None
             )
             if counted or not tenancy.roomy(caller, amount):
+                # Counting a prompt is work: not for a request that has no chance.
+                tenancy.limiter.check(caller.project.id, caller.key.id, model, limit_of(limit or _NO_LIMIT))
+                if amount:
+                    tenancy.check_spend(caller)
                 most = await estimate.exact(engine, document, context)
                 amount = tenancy.ledger.prices.ceiling(model, most.prompt, most.output, most.answers)
             ticket = self._ticket(tenancy, caller, model, most.total)

@@ -360,6 +360,20 @@ async def test_nobody_is_refused_for_a_loose_bound(engine: EchoEngine) -> None:
     assert [r.status for r in replies] == [200] * 11
 
 
+@pytest.mark.parametrize("what", ["requests", "tokens", "budget"])
+async def test_prompt_is_not_counted_for_a_request_that_has_no_chance(
+    what: str, caller: Caller, tenancy: Tenancy, engine: EchoEngine
+) -> None:
+    project = project_of(tenancy)
+    if what == "budget":
+        await tenancy.organization.update_project("test", project, spend_limit_cents=0)
+    else:
+        limit = ModelLimit(max_requests_per_1_minute=0 if what == "requests" else None, max_tokens_per_1_minute=0)
+        await tenancy.organization.set_limit("test", project, "parrot", limit)
+    assert (await caller.chat("a b c")).status == 429
+    assert not engine.calls
+
+
 async def test_refusal_and_failure_cost_nothing(caller: Caller, tenancy: Tenancy, engine: EchoEngine) -> None:
     for fault in ("reject", "crash", "raise", "error-first", "error-event", "no-done", "no-usage", "no-stream"):
         engine.fault = fault  # type: ignore[assignment]  # one of them
